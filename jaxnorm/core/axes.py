@@ -1,0 +1,54 @@
+"""Axes of an array: one canonical form, and how an array of features is laid along them."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def canonical_axes(
+    axes: int | Iterable[int], ndim: int, who: str, what: str = "axis"
+) -> tuple[int, ...]:
+    """`axes` as sorted, distinct, non-negative numbers; `who` and `what` name them in errors.
+
+    Raises:
+        ValueError: an axis is out of range for `ndim` axes, or named twice.
+        TypeError: an axis is not an integer.
+    """
+    given = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+    for axis in given:
+        if not hasattr(axis, "__index__"):
+            raise TypeError(f"{who}: {what} must be an integer or several, found {axis!r}.")
+        if not -ndim <= axis < ndim:
+            allowed = f"Use a value from {-ndim} to {ndim - 1}." if ndim else "Add a feature axis."
+            raise ValueError(
+                f"{who}: {what}={axis} is out of range for an input with {ndim} axes. {allowed}"
+            )
+    positive = sorted(axis.__index__() % ndim for axis in given)
+    if len(set(positive)) != len(positive):
+        raise ValueError(
+            f"{who}: {what}={given} names an axis twice, in an input with {ndim} axes they are "
+            f"{tuple(positive)}. Name each once: {what}={tuple(sorted(set(positive)))}."
+        )
+    return tuple(positive)
+
+
+def other_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
+    """The axes of an array with `ndim` axes that are not among the canonical `axes`."""
+    return tuple(axis for axis in range(ndim) if axis not in axes)
+
+
+def lay_along(value: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
+    """`value`, whose axes belong to the canonical `axes`, with size 1 along all `ndim` others."""
+    return jnp.expand_dims(value, other_axes(axes, ndim))
+
+
+def sizes(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of an array of `shape` along `axes`."""
+    return tuple(shape[axis] for axis in axes)
+
+
+def extent(shape: Sequence[int], axes: Sequence[int]) -> int:
+    """How many elements lie along `axes` of an array of `shape`."""
+    return math.prod(sizes(shape, axes))

@@ -1,0 +1,91 @@
+"""Errors at the door: what a public function refuses, said at trace time from static facts.
+
+Each message says who found what, with numbers, and gives the fix as code.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxnorm.core.axes import sizes
+
+
+def inexact_array(x: ArrayLike, who: str) -> jax.Array:
+    """`x` as an array of floating point or complex numbers.
+
+    Raises:
+        TypeError: `x` holds integers or booleans, whose statistics would be rounded.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"{who}: the input is {x.dtype}{list(x.shape)}, but statistics need floating point or "
+            f"complex numbers. Convert it first: x.astype(jnp.float32)."
+        )
+    return x
+
+
+def boolean_mask(where: ArrayLike | None, shape: tuple[int, ...], who: str) -> jax.Array | None:
+    """`where` as a boolean array with as many axes as the input, each of the input's size or 1.
+
+    Fewer axes are refused although NumPy would broadcast them: a mask [batch, time] for an input
+    [batch, time, features] would be read as [time, features] whenever the sizes happen to agree.
+
+    Raises:
+        TypeError: the mask holds floating point numbers, which would be taken for weights.
+        ValueError: its shape does not fit.
+    """
+    if where is None:
+        return None
+    where = jnp.asarray(where)
+    if not (where.dtype == jnp.bool_ or jnp.issubdtype(where.dtype, jnp.integer)):
+        raise TypeError(
+            f"{who}: the mask is {where.dtype}, but says of each element only whether it counts, "
+            f"not how much. Make it boolean: mask > 0."
+        )
+    fits = where.ndim == len(shape) and all(
+        size in (1, full) for size, full in zip(where.shape, shape, strict=True)
+    )
+    if not fits:
+        missing = len(shape) - where.ndim
+        leading = where.shape == shape[: where.ndim]
+        fix = (
+            f"Add the missing axes: mask[{', '.join(['...'] + ['None'] * missing)}]."
+            if missing > 0 and leading
+            else f"Give it {len(shape)} axes, each of the input's size or 1."
+        )
+        raise ValueError(
+            f"{who}: a mask of shape {where.shape} does not broadcast to an input of shape "
+            f"{shape}. {fix}"
+        )
+    return where.astype(jnp.bool_)
+
+
+def feature_array(
+    value: ArrayLike | None, shape: Sequence[int], axes: Sequence[int], who: str, what: str
+) -> jax.Array | None:
+    """`value` as an array with one entry per feature of an input of `shape` with feature `axes`.
+
+    Raises:
+        ValueError: its shape is another.
+    """
+    if value is None:
+        return None
+    value = jnp.asarray(value)
+    expected = sizes(shape, axes)
+    if value.shape != expected:
+        raise ValueError(
+            f"{who}: {what} has shape {value.shape}, but the input of shape {tuple(shape)} has "
+            f"{describe_features(shape, axes)}. Use {what} of shape {expected}, or name the "
+            f"feature axis of the input: axis=..."
+        )
+    return value
+
+
+def describe_features(shape: Sequence[int], axes: Sequence[int]) -> str:
+    """For messages: `6 features along axis 3`, `(4, 6) features along axes (1, 3)`."""
+    if len(axes) == 1:
+        return f"{shape[axes[0]]} features along axis {axes[0]}"
+    return f"{sizes(shape, axes)} features along axes {tuple(axes)}"

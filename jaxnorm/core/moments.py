@@ -1,0 +1,338 @@
+"""Evidence and estimates: `Moments` merge exactly, `Stats` are what a normalization uses.
+
+Everything that pools evidence passes through one formula, `pooled`: the elements of an array over
+some axes, two or more `Moments`, an axis of stacked `Moments`, the devices of a mapped axis. With
+parts i of count n_i, mean m_i and variance v_i,
+
+    n    = sum n_i
+    mean = sum n_i m_i / n
+    var  = sum n_i (v_i + |m_i - mean|^2) / n
+
+An element is a part with n_i = 1, m_i = x_i, v_i = 0, or with n_i = 0 under a mask. The merge of two
+parts by this formula is that of Chan, Golub & LeVeque 1983.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxnorm.core import axes as ax
+from jaxnorm.core import checks, precision
+from jaxnorm.core.devices import AxisName, Devices, devices
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stats:
+    """An estimate of mean and variance: what a normalization uses, and what a layer stores.
+
+    Estimates can be blended (`ema`), corrected (`bessel`) and frozen. They carry no count, so they
+    cannot be merged: for that, keep the evidence, `Moments`.
+
+    Attributes:
+        mean: float32 or wider, or complex; any shape.
+        var: float32 or wider, of the shape of `mean`.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+    """Evidence about a distribution: how many values were seen, their mean and their variance.
+
+    Moments of disjoint data merge exactly, with `merge` and `pool`, however unequal their counts; a
+    count of 0 is allowed and changes nothing.
+
+    Attributes:
+        count: number of values behind each entry; float32 or wider, of the shape of `mean`.
+        mean: their mean; float32 or wider, or complex.
+        var: their biased variance, the mean of |x - mean|^2; float32 or wider.
+    """
+
+    count: jax.Array
+    mean: jax.Array
+    var: jax.Array
+
+    def stats(self, ddof: int = 0) -> Stats:
+        """The estimate that this evidence supports.
+
+        Args:
+            ddof: degrees of freedom taken off the count in the variance's denominator: 0 for the
+                biased variance, by which a batch is normalized, 1 for Bessel's correction.
+
+        Returns:
+            `Stats`, with mean 0 and variance 1 wherever the count does not exceed `ddof`.
+
+        Example:
+            >>> import jax.numpy as jnp, jaxnorm
+            >>> evidence = jaxnorm.moments(jnp.array([1.0, 2.0, 6.0]), axes=0)
+            >>> float(evidence.stats().var), float(evidence.stats(ddof=1).var)
+            (4.666666507720947, 7.0)
+        """
+        known = self.count > ddof
+        correction = self.count * reciprocal(self.count - ddof) if ddof else jnp.ones_like(self.var)
+        return Stats(
+            mean=jnp.where(known, self.mean, jnp.zeros_like(self.mean)),
+            var=jnp.where(known, self.var * correction, jnp.ones_like(self.var)),
+        )
+
+
+class Parts(Protocol):
+    """How the parts of a pool are added up."""
+
+    @property
+    def parts(self) -> int | None:
+        """Their number, or None if it is not known or not the same for all sums."""
+        ...
+
+    def sum(self, *values: jax.Array) -> tuple[jax.Array, ...]:
+        """The sums of several values over all parts."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class AlongAxes:
+    """Parts that lie along `axes` of arrays of `shape`; sums keep these axes, with size 1.
+
+    A value may have size 1 where `shape` has more: it stands for equal values, and is not spread.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    @property
+    def parts(self) -> int:
+        return ax.extent(self.shape, self.axes)
+
+    def sum(self, *values: jax.Array) -> tuple[jax.Array, ...]:
+        def sum_one(value: jax.Array) -> jax.Array:
+            copies = self.parts // ax.extent(value.shape, self.axes) if value.size else 1
+            return value.sum(self.axes, keepdims=True) * copies
+
+        return tuple(sum_one(value) for value in values)
+
+
+def reciprocal(count: jax.Array | float) -> jax.Array | float:
+    """1 / count, and 0 where `count` is not positive."""
+    if isinstance(count, float):
+        return 1 / count if count > 0 else 0.0
+    positive = count > 0
+    return jnp.where(positive, 1 / jnp.where(positive, count, jnp.ones_like(count)), 0)
+
+
+def pooled(
+    count: jax.Array | float, mean: jax.Array, var: jax.Array | float, parts: Parts
+) -> tuple[jax.Array | float, jax.Array, jax.Array]:
+    """The one pooling formula (see the top of this file): count, mean and variance of all `parts`.
+
+    A `count` given as a Python number is the same for all parts and known at trace time: it costs
+    no sum and no traffic.
+
+    Numerics: the deviations are taken from a first estimate of the mean, and what they miss of the
+    true mean is put right afterwards. All sums that matter are then of small numbers, so that the
+    result keeps its digits at a mean of many standard deviations, also for the mean itself. The
+    first estimate cancels out of the result, so no derivative needs to pass through it.
+    """
+    if isinstance(count, float) and parts.parts is not None:
+        total = count * parts.parts
+        (weighted,) = parts.sum(count * mean)
+    else:
+        total, weighted = parts.sum(jnp.asarray(count, var.dtype), count * mean)
+    share = reciprocal(total)
+    pivot = lax.stop_gradient(weighted * share)
+    offset = mean - pivot
+    first, second = parts.sum(count * offset, count * (var + precision.abs_square(offset)))
+    first, second = first * share, second * share
+    return total, pivot + first, _clip_rounding(second - precision.abs_square(first))
+
+
+def _clip_rounding(var: jax.Array) -> jax.Array:
+    """Puts a variance that rounding made negative to 0, and leaves its derivatives as they are.
+
+    `jnp.maximum` would halve them at 0, where a constant feature stands.
+    """
+    return var + lax.stop_gradient(jnp.where(var < 0, -var, jnp.zeros_like(var)))
+
+
+def harmless(x: jax.Array, where: jax.Array | None) -> jax.Array | None:
+    """Which elements of `x` may take part; None for all, which is the case without a mask.
+
+    Under the mask (where it is False) NaN, infinities and huge numbers may not. Huge is what could
+    overflow when it is normalized and multiplied with itself: 0 times the resulting infinity would
+    be NaN. Other masked elements may, since a layer normalizes them as well.
+    """
+    if where is None:
+        return None
+    limit = float(jnp.finfo(precision.accumulation_dtype(x.dtype)).max) ** 0.25
+
+    def moderate(part: jax.Array) -> jax.Array:
+        largest = min(limit, float(jnp.finfo(part.dtype).max))
+        return (part >= -largest) & (part <= largest)
+
+    return where | (moderate(x.real) & moderate(x.imag) if jnp.iscomplexobj(x) else moderate(x))
+
+
+def clean(x: jax.Array, where: jax.Array | None) -> jax.Array:
+    """`x` with 0 in place of the elements that are not `harmless`."""
+    selected = harmless(x, where)
+    return x if selected is None else jnp.where(selected, x, jnp.zeros_like(x))
+
+
+def local_moments(
+    x: jax.Array, axes: tuple[int, ...], where: jax.Array | None
+) -> tuple[jax.Array | float, jax.Array, jax.Array]:
+    """Count, mean and variance of the valid elements of a clean `x`, with `axes` kept as size 1."""
+    x = x.astype(precision.accumulation_dtype(x.dtype))
+    zero = jnp.zeros((1,) * x.ndim, precision.real_dtype(x.dtype))
+    count = 1.0 if where is None else where.astype(zero.dtype)
+    return pooled(count, x, zero, AlongAxes(x.shape, axes))
+
+
+def moments_keeping_axes(
+    x: jax.Array, axes: tuple[int, ...], where: jax.Array | None, over: Devices | None
+) -> Moments:
+    """`moments` after the door: `x` clean, `axes` canonical and kept as size 1."""
+    count, mean, var = local_moments(x, axes, where)
+    if over is not None:
+        count, mean, var = pooled(count, mean, var, over)
+    count = jnp.asarray(count, var.dtype)
+    return Moments(jnp.broadcast_to(jnp.expand_dims(count, ()), var.shape), mean, var)
+
+
+def moments(
+    x: ArrayLike,
+    axes: int | Sequence[int],
+    *,
+    where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    keepdims: bool = False,
+) -> Moments:
+    """Count, mean and biased variance of `x` along `axes`, pooled over devices if asked.
+
+    Args:
+        x: array of any shape; float, bfloat16, or complex. Integers are refused.
+        axes: the axes that are reduced.
+        where: boolean mask with as many axes as `x`, each of the size of `x` or 1; True counts.
+            NaN and infinities under the mask reach neither the result nor its derivatives.
+        axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
+            the evidence is pooled, weighted by the number of valid elements on each device.
+        axis_index_groups: groups of indices along `axis_name`; each pools on its own.
+        keepdims: whether reduced axes stay, with size 1.
+
+    Returns:
+        `Moments` of the shape of `x` without `axes`, in float32 or wider. Count, mean and variance
+        are 0 where nothing is valid.
+
+    Raises:
+        TypeError: `x` is neither floating point nor complex, or the mask is floating point.
+        ValueError: axes out of range or named twice, a mask that does not fit.
+        NameError: `axis_name` is not bound.
+
+    Numerics:
+        Accumulates in float32 or wider. The variance keeps its digits at means of many standard
+        deviations, where E[x^2] - E[x]^2 loses them all.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0], [5.0, jnp.nan]])
+        >>> seen = jaxnorm.moments(x, axes=0, where=jnp.array([[True], [True], [False]]))
+        >>> seen.count.tolist(), seen.mean.tolist(), seen.var.tolist()
+        ([2.0, 2.0], [2.0, 20.0], [1.0, 100.0])
+
+    Source:
+        Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", equation 2.1
+        for the merge.
+    """
+    who = "moments"
+    x = checks.inexact_array(x, who)
+    axes = ax.canonical_axes(axes, x.ndim, who, "axes")
+    where = checks.boolean_mask(where, x.shape, who)
+    over = devices(axis_name, axis_index_groups, who)
+    kept = _jitted_moments(x, axes, where, over)
+    return kept if keepdims else jax.tree.map(lambda leaf: leaf.squeeze(axes), kept)
+
+
+@jax.jit(static_argnums=(1, 3), inline=True)
+def _jitted_moments(
+    x: jax.Array, axes: tuple[int, ...], where: jax.Array | None, over: Devices | None
+) -> Moments:
+    return moments_keeping_axes(clean(x, where), axes, where, over)
+
+
+def pool(
+    stacked: Moments,
+    axes: int | Sequence[int] | None = None,
+    *,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    """Pools `Moments` along axes of their arrays, over devices, or both.
+
+    Args:
+        stacked: evidence whose parts lie along `axes`, on the devices of `axis_name`, or both.
+        axes: axes to pool, which disappear; None for none of them.
+        axis_name, axis_index_groups: as in `moments`.
+
+    Returns:
+        `Moments` of everything together.
+
+    Raises:
+        ValueError: an axis out of range or named twice.
+        NameError: `axis_name` is not bound.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxnorm
+        >>> batches = jnp.arange(12.0).reshape(3, 4)
+        >>> each = jax.vmap(lambda batch: jaxnorm.moments(batch, axes=0))(batches)
+        >>> float(jaxnorm.pool(each, axes=0).var), float(batches.var())
+        (11.916666984558105, 11.916666984558105)
+    """
+    who = "pool"
+    over = devices(axis_name, axis_index_groups, who)
+    count, mean, var = (jnp.asarray(leaf) for leaf in (stacked.count, stacked.mean, stacked.var))
+    if axes is not None:
+        axes = ax.canonical_axes(axes, mean.ndim, who, "axes")
+        count, mean, var = pooled(count, mean, var, AlongAxes(mean.shape, axes))
+        count, mean, var = (leaf.squeeze(axes) for leaf in (count, mean, var))
+    if over is not None:
+        count, mean, var = pooled(count, mean, var, over)
+    return Moments(count, mean, var)
+
+
+def merge(*parts: Moments) -> Moments:
+    """`Moments` of several disjoint sets of data together, exactly.
+
+    Args:
+        *parts: evidence of the same shape, at least one.
+
+    Returns:
+        `Moments` of that shape. The order of `parts` matters only by rounding.
+
+    Raises:
+        ValueError: no evidence, or of different shapes.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm
+        >>> first = jaxnorm.moments(jnp.array([0.0]), axes=0)
+        >>> second = jaxnorm.moments(jnp.array([3.0, 3.0, 6.0]), axes=0)
+        >>> together = jaxnorm.merge(first, second)
+        >>> float(together.count), float(together.mean), float(together.var)
+        (4.0, 3.0, 4.5)
+    """
+    shapes = {jnp.shape(part.mean) for part in parts}
+    if len(shapes) != 1:
+        found = f"found the shapes {sorted(shapes)}" if parts else "found none"
+        raise ValueError(
+            f"merge: needs evidence of one shape, {found}. Each part must come from "
+            f"jaxnorm.moments(x, axes) over the same features."
+        )
+    return pool(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), axes=0)

@@ -1,0 +1,142 @@
+"""`normalize`: the whole chain from evidence to result, for any choice of axes."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm.core import axes as ax
+from jaxnorm.core import checks, precision
+from jaxnorm.core.devices import AxisName, devices
+from jaxnorm.core.fused import normalize_by, normalize_fused
+from jaxnorm.core.moments import Moments, Stats
+from jaxnorm.core.standardize import Plan, feature_along, result_dtype, stats_along
+
+
+def normalize(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axes: int | Sequence[int],
+    axis: int | Sequence[int] = -1,
+    where: ArrayLike | None = None,
+    epsilon: float = 1e-5,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
+    who: str = "normalize",
+) -> tuple[jax.Array, Moments]:
+    """Standardizes `x` by its own moments along `axes`, then scales and shifts each feature.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    Batch, layer, group and instance norm are this function with different `axes`.
+
+    Args:
+        x: array of any shape; float, bfloat16, or complex.
+        scale: one factor per feature, or None for 1.
+        bias: one summand per feature, or None for 0.
+        axes: the axes along which mean and variance are taken.
+        axis: the feature axis or axes of `x`: `scale` and `bias` have its shape along them, in
+            increasing order.
+        where: boolean mask with as many axes as `x`, each of the size of `x` or 1. Masked elements
+            do not count for the moments. They are normalized like the others, except that NaN,
+            infinities and numbers of more than a quarter of the range of exponents are taken for 0.
+        epsilon: added to the variance, inside the root; 0 or more.
+        axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
+            the moments are pooled, weighted by the number of valid elements on each device.
+        axis_index_groups: groups of indices along `axis_name`; each pools on its own.
+        dtype: dtype of the result; None for that of `x`, made complex if a parameter is.
+        who: the name that error messages give to the caller.
+
+    Returns:
+        The result, of the shape of `x`, and its `Moments`, of the shape of `x` without `axes` and in
+        float32 or wider. Where nothing is valid, the mean is taken for 0 and the variance for 1.
+
+    Raises:
+        TypeError: `x` is neither floating point nor complex, the mask is floating point, or `dtype`
+            cannot hold the result.
+        ValueError: axes out of range or named twice; a mask or parameters that do not fit.
+        NameError: `axis_name` is not bound.
+
+    Numerics:
+        Computes in float32 or wider and rounds once. All derivatives of every order agree with those
+        of the plain composition, while only `x` and statistics are kept for the backward pass.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm
+        >>> y, seen = jaxnorm.normalize(jnp.array([[1.0, 3.0], [2.0, 6.0]]), axes=-1)
+        >>> y.round(3).tolist(), seen.mean.tolist()
+        ([[-1.0, 1.0], [-1.0, 1.0]], [2.0, 4.0])
+
+    Source:
+        Ioffe & Szegedy 2015 (arXiv:1502.03167), Algorithm 1, for any axes.
+    """
+    x = checks.inexact_array(x, who)
+    axes = ax.canonical_axes(axes, x.ndim, who, "axes")
+    axis = ax.canonical_axes(axis, x.ndim, who)
+    where = checks.boolean_mask(where, x.shape, who)
+    scale = feature_along(scale, x.shape, axis, who, "scale")
+    bias = feature_along(bias, x.shape, axis, who, "bias")
+    over = devices(axis_name, axis_index_groups, who)
+    plan = Plan(axes, _epsilon(epsilon, who), over, _dtype(dtype, x, scale, bias, who))
+    y, evidence = normalize_fused(plan, x, scale, bias, where)
+    return y, jax.tree.map(lambda leaf: leaf.squeeze(axes), evidence)
+
+
+def normalize_with_stats(
+    x: ArrayLike,
+    stats: Stats,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    *,
+    axis: int | Sequence[int],
+    where: ArrayLike | None,
+    epsilon: float,
+    dtype: DTypeLike | None,
+    who: str,
+) -> jax.Array:
+    """Standardizes by given statistics of each feature; the door of every inference function."""
+    x = checks.inexact_array(x, who)
+    axis = ax.canonical_axes(axis, x.ndim, who)
+    where = checks.boolean_mask(where, x.shape, who)
+    stats = stats_along(stats, x.shape, axis, who)
+    scale = feature_along(scale, x.shape, axis, who, "scale")
+    bias = feature_along(bias, x.shape, axis, who, "bias")
+    dtype = _dtype(dtype, x, scale, bias, who)
+    plan = Plan(ax.other_axes(axis, x.ndim), _epsilon(epsilon, who), None, dtype)
+    return normalize_by(plan, x, stats, scale, bias, where)
+
+
+def _epsilon(epsilon: float, who: str) -> float:
+    if not epsilon >= 0:
+        raise ValueError(
+            f"{who}: epsilon={epsilon} is added to a variance and must not be negative. "
+            f"Use epsilon=1e-5."
+        )
+    return float(epsilon)
+
+
+def _dtype(
+    dtype: DTypeLike | None,
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    who: str,
+):
+    computed = result_dtype(x, scale, bias)
+    if dtype is None:
+        return computed
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"{who}: dtype={jnp.dtype(dtype)} cannot hold normalized values. "
+            f"Use a floating point dtype, such as jnp.float32."
+        )
+    if precision.is_complex(computed) and not precision.is_complex(dtype):
+        raise TypeError(
+            f"{who}: dtype={jnp.dtype(dtype)} would drop the imaginary part of a {computed} "
+            f"result. Use dtype=jnp.{computed}, or dtype=None."
+        )
+    return jnp.dtype(dtype)

@@ -1,0 +1,214 @@
+"""Running statistics: estimates blended over batches.
+
+`momentum` is always the weight of the OLD value, as in Flax, Haiku and Keras; PyTorch's is that of
+the new one. All three averages here are the one step `keep * old + take * new`; they differ in how
+much they take. What is stored is therefore always an estimate that can be used as it is: nothing
+has to be corrected when it is read.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxnorm.core.moments import Moments, Stats
+
+
+def _blend(old: Stats, new: Stats, keep: ArrayLike, take: ArrayLike) -> Stats:
+    """`keep * old + take * new`, in the dtypes of `old`."""
+
+    def step(old_leaf: jax.Array, new_leaf: jax.Array) -> jax.Array:
+        old_leaf = jnp.asarray(old_leaf)
+        real = jnp.finfo(old_leaf.dtype).dtype
+        kept = jnp.asarray(keep, real) * old_leaf
+        return kept + jnp.asarray(take, real) * jnp.asarray(new_leaf).astype(old_leaf.dtype)
+
+    return jax.tree.map(step, old, new)
+
+
+def ema(old: Stats, new: Stats, momentum: ArrayLike) -> Stats:
+    """Exponential moving average: `momentum * old + (1 - momentum) * new`.
+
+    Args:
+        old: the running estimate, starting at `Stats(0, 1)`.
+        new: the estimate of the newest batch, of the same shape.
+        momentum: weight of the OLD value, from 0 to 1.
+
+    Returns:
+        `Stats` with the shapes and dtypes of `old`.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm
+        >>> old = jaxnorm.Stats(mean=jnp.zeros(1), var=jnp.ones(1))
+        >>> new = jaxnorm.Stats(mean=jnp.ones(1), var=jnp.full(1, 3.0))
+        >>> jaxnorm.ema(old, new, momentum=0.75).var.tolist()
+        [1.5]
+    """
+    return _blend(old, new, momentum, 1 - momentum)
+
+
+def debiased_ema(old: Stats, new: Stats, momentum: ArrayLike, updates: ArrayLike) -> Stats:
+    """Exponential moving average without the pull of its starting value.
+
+    Equal to h / (1 - momentum^t) for the average h of t batches started at 0, and to the mean of
+    these batches weighted by momentum^age. The starting value of `old` is forgotten at once.
+
+    Args:
+        old: the running estimate, itself a result of this function, or anything at the start.
+        new: the estimate of the newest batch, of the same shape.
+        momentum: weight of the OLD value, from 0 to below 1, approached as updates accumulate.
+        updates: how many batches `old` has seen; a scalar, or of the shape of `old.mean`.
+
+    Returns:
+        `Stats` with the shapes and dtypes of `old`.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm
+        >>> start = jaxnorm.Stats(mean=jnp.zeros(1), var=jnp.ones(1))
+        >>> batch = jaxnorm.Stats(mean=jnp.full(1, 5.0), var=jnp.full(1, 2.0))
+        >>> jaxnorm.debiased_ema(start, batch, momentum=0.99, updates=0)
+        Stats(mean=Array([5.], dtype=float32), var=Array([2.], dtype=float32))
+
+    Source:
+        Kingma & Ba 2015, "Adam" (arXiv:1412.6980), section 3, for the correction.
+    """
+    # 1 - momentum^t through expm1: at momentum .99 the plain difference loses two digits.
+    log_momentum = jnp.log(jnp.asarray(momentum, old.var.dtype))
+    seen = -jnp.expm1((jnp.asarray(updates, old.var.dtype) + 1) * log_momentum)
+    take = jnp.asarray(1 - momentum, old.var.dtype) / seen
+    return _blend(old, new, 1 - take, take)
+
+
+def cumulative_average(old: Stats, new: Stats, updates: ArrayLike) -> Stats:
+    """The plain mean of the estimates of all batches so far.
+
+    Args:
+        old: the mean of the first `updates` estimates; anything where that is 0.
+        new: the estimate of the newest batch, of the same shape.
+        updates: how many batches `old` has seen; a scalar, or of the shape of `old.mean`.
+
+    Returns:
+        `Stats` with the shapes and dtypes of `old`.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm
+        >>> old = jaxnorm.Stats(mean=jnp.full(1, 2.0), var=jnp.ones(1))
+        >>> new = jaxnorm.Stats(mean=jnp.full(1, 8.0), var=jnp.ones(1))
+        >>> jaxnorm.cumulative_average(old, new, updates=2).mean.tolist()
+        [4.0]
+    """
+    take = 1 / (jnp.asarray(updates, old.var.dtype) + 1)
+    return _blend(old, new, 1 - take, take)
+
+
+def bessel(stats: Stats, count: ArrayLike) -> Stats:
+    """Bessel's correction: turns a biased variance of `count` values into the unbiased one.
+
+    Args:
+        stats: estimate with a biased variance.
+        count: number of values behind it; a scalar, or of the shape of `stats.var`.
+
+    Returns:
+        `Stats` with the variance times count / (count - 1), and variance 1 where `count` is not
+        above 1, since a single value tells nothing of the spread.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm
+        >>> biased = jaxnorm.Stats(mean=jnp.zeros(1), var=jnp.full(1, 3.0))
+        >>> jaxnorm.bessel(biased, count=4).var.tolist()
+        [4.0]
+
+    Source:
+        Ioffe & Szegedy 2015 (arXiv:1502.03167), Algorithm 2, step 10: m / (m - 1).
+    """
+    count = jnp.broadcast_to(jnp.asarray(count, stats.var.dtype), stats.var.shape)
+    return Stats(stats.mean, Moments(count, stats.mean, stats.var).stats(ddof=1).var)
+
+
+def update_running(
+    old: Stats,
+    batch: Moments,
+    *,
+    momentum: ArrayLike | None = 0.99,
+    updates: jax.Array | None = None,
+    debias: bool = False,
+    ddof: int = 0,
+    skip_nonfinite: bool = False,
+) -> tuple[Stats, jax.Array | None]:
+    """One step of running statistics: the estimate supported by `batch`, blended into `old`.
+
+    Args:
+        old: the running estimate, starting at `Stats(0, 1)`.
+        batch: evidence of the newest batch, of the same shape.
+        momentum: weight of the OLD value, from 0 to 1; None for the cumulative average.
+        updates: int32 of the shape of `old.mean`: how many batches moved each entry, starting at 0.
+            Needed for `momentum=None` and for `debias`.
+        debias: free the average from the pull of its starting value, see `debiased_ema`.
+        ddof: 0 stores the biased variance, 1 the unbiased one.
+        skip_nonfinite: leave everything as it was if any mean or variance of the batch is NaN or
+            infinite; otherwise one such batch spoils the running statistics for good.
+
+    Returns:
+        The new `Stats`, with the shapes and dtypes of `old`, and the new `updates` (None if none
+        were given). Entries without evidence, whose count does not exceed `ddof`, do not move.
+
+    Raises:
+        ValueError: contradicting options.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm
+        >>> running = jaxnorm.Stats(mean=jnp.zeros(1), var=jnp.ones(1))
+        >>> batch = jaxnorm.moments(jnp.array([[4.0], [6.0]]), axes=0)
+        >>> running, _ = jaxnorm.update_running(running, batch, momentum=0.9)
+        >>> running.mean.tolist(), running.var.tolist()
+        ([0.5], [1.0])
+
+    Source:
+        Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3.1.
+    """
+    check_averaging(momentum, debias, "update_running")
+    if updates is None and (momentum is None or debias):
+        option = "momentum=None" if momentum is None else "debias=True"
+        raise ValueError(
+            f"update_running: {option} depends on how many batches were seen before. "
+            f"Pass updates=jnp.zeros({tuple(old.mean.shape)}, jnp.int32) at the start, and what "
+            f"this function returns from then on."
+        )
+    moved = batch.count > ddof
+    if skip_nonfinite:
+        moved &= jnp.isfinite(batch.mean).all() & jnp.isfinite(batch.var).all()
+
+    def unless_moved(new: jax.Array, unmoved: jax.Array) -> jax.Array:
+        return jnp.where(moved, new.astype(unmoved.dtype), unmoved)
+
+    # Cleaned before the blend too: a NaN that is not chosen would still reach the derivatives.
+    new = jax.tree.map(unless_moved, batch.stats(ddof), old)
+    if momentum is None:
+        blended = cumulative_average(old, new, updates)
+    elif debias:
+        blended = debiased_ema(old, new, momentum, updates)
+    else:
+        blended = ema(old, new, momentum)
+    counted = None if updates is None else updates + moved.astype(updates.dtype)
+    return jax.tree.map(unless_moved, blended, old), counted
+
+
+def check_averaging(momentum: ArrayLike | None, debias: bool, who: str) -> None:
+    """Raises ValueError if the options of a running average contradict each other."""
+    if momentum is None:
+        if debias:
+            raise ValueError(
+                f"{who}: momentum=None is the cumulative average, which has no bias to take off. "
+                f"Drop debias=True, or set momentum=0.99."
+            )
+        return
+    if isinstance(momentum, (int, float)):
+        if not 0 <= momentum <= 1:
+            raise ValueError(
+                f"{who}: momentum={momentum} is the weight of the old value and must lie from 0 "
+                f"to 1. Use momentum=0.99."
+            )
+        if debias and momentum == 1:
+            raise ValueError(
+                f"{who}: momentum=1 never takes anything of a new batch, so that debias=True has "
+                f"nothing to weigh. Use momentum=None for the average of all batches."
+            )

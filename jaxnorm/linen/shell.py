@@ -1,0 +1,117 @@
+"""The Linen shell: turns the slots of a spec into Linen variables, and errors into Linen's kinds."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import errors
+from flax import linen as nn
+from jax.typing import ArrayLike
+
+from jaxnorm.core import checks, precision
+from jaxnorm.methods.spec import Slot
+
+
+class StatsNotMutableError(errors.ModifyScopeVariableError):
+    """Training moves running statistics, but the collection that holds them is not mutable."""
+
+    def __init__(self, who: str, collection: str):
+        # Past FlaxError, which would append the address of a page of Flax's own documentation.
+        Exception.__init__(
+            self,
+            f"{who}: training moves the running statistics in '{collection}', which is not mutable "
+            f"here. Pass mutable=['{collection}'] to apply and keep what it returns: "
+            f"y, updated = model.apply(variables, x, mutable=['{collection}']). To train without "
+            f"moving them, call the layer with update_stats=False.",
+        )
+
+
+class Shell(nn.Module):
+    """What all Linen modules of this library share."""
+
+    @property
+    def _who(self: Any) -> str:
+        path = "/".join(self.path)
+        return f"{type(self).__name__} '{path}'" if path else type(self).__name__
+
+    def _declare(self: Any, slots: dict[str, Slot]) -> dict[str, Any]:
+        """Creates or finds the variables of `slots`; returns their values by name."""
+        values = {}
+        for name, (collection, shape, dtype, init) in slots.items():
+            self._check_shape(collection, name, shape)
+            if collection == "params":
+                values[name] = self.param(name, init, shape, dtype)
+            else:
+                cell = self.variable(collection, name, init, None, shape, dtype)
+                values[name] = cell.value
+        return values
+
+    def _check_shape(self: Any, collection: str, name: str, shape: tuple[int, ...]) -> None:
+        if not self.has_variable(collection, name):
+            return
+        found = jnp.shape(nn.unbox(self.get_variable(collection, name)))
+        if found != shape:
+            raise ValueError(
+                f"{self._who}: '{name}' in '{collection}' was created with shape {found}, but the "
+                f"input has features of shape {shape}. Give the layer the kind of input it was "
+                f"initialized with, or initialize it anew; the feature axis is set by axis=..."
+            )
+
+
+class RunningStatsShell(Shell):
+    """Linen modules with running statistics in the mutable collection `batch_stats`."""
+
+    @nn.compact
+    def __call__(
+        self: Any,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: input of any shape; float, bfloat16, or complex.
+            use_running_average: True for inference, False for training; here or in the constructor,
+                not both.
+            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
+            update_stats: whether training moves the running statistics; None for the constructor's
+                choice. False needs no mutable collection.
+
+        Returns:
+            Array of the shape of `x`.
+        """
+        who = self._who
+        self.check_options(who)
+        if self.use_running_average is not None and use_running_average is not None:
+            raise ValueError(
+                f"{who}: use_running_average={self.use_running_average} was given to the "
+                f"constructor, and use_running_average={use_running_average} to the call. Give it "
+                f"once, at the call if it changes between training and inference."
+            )
+        frozen, moves = self.mode(use_running_average, update_stats, who)
+        initializing = self.is_initializing()
+        if moves and not initializing and not self.is_mutable_collection("batch_stats"):
+            raise StatsNotMutableError(who, "batch_stats")
+
+        x = checks.inexact_array(x, who)
+        axes = self.feature_axes(x.ndim, who)
+        features = tuple(x.shape[axis] for axis in axes)
+        values = self._declare(self.slots(features, precision.is_complex(x.dtype)))
+        params = (values[name].dtype for name in ("scale", "bias") if name in values)
+        dtype = self.dtype or precision.promote(x.dtype, *params)
+        y, changed = self.transform(
+            values,
+            x,
+            mask,
+            dtype,
+            who,
+            use_running_average=frozen,
+            update_stats=moves,
+            initializing=initializing,
+        )
+        for name, value in changed.items():
+            self.put_variable("batch_stats", name, value)
+        return y

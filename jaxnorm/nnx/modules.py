@@ -1,0 +1,24 @@
+"""One NNX module per method."""
+
+from jaxnorm import methods
+from jaxnorm.nnx.shell import RunningStatsShell
+
+
+class BatchNorm(methods.BatchNorm, RunningStatsShell):
+    """Batch normalization; a drop-in for `flax.nnx.BatchNorm`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import jaxnorm
+        >>> layer = jaxnorm.nnx.BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
+        >>> layer.train()
+        >>> y = layer(jnp.array([[1.0, 10.0], [3.0, 30.0]]))
+        >>> y.round(3).tolist(), layer.mean[...].tolist()
+        ([[-1.0, -1.0], [1.0, 1.0]], [0.19999998807907104, 1.9999998807907104])
+        >>> layer.eval()
+        >>> layer(y).shape
+        (2, 2)
+    """
+
+    use_running_average: bool | None = False

@@ -1,0 +1,158 @@
+"""The NNX shell: turns the slots of a spec into NNX variables."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+
+from jaxnorm.core import checks, precision
+
+_VARIABLE_TYPES = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
+class _DataclassModule(nnx.Module):
+    """Makes each subclass a dataclass that takes `num_features` and, by keyword only, the rest.
+
+    A spec's fields may stand in any position, for Linen. In NNX a second position would invite
+    `BatchNorm(6, nnx.Rngs(0))`, which must not pass for an option.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(kw_only=True, repr=False, eq=False)(cls)
+        initialize = cls.__init__
+
+        @functools.wraps(initialize)
+        def init(self, num_features, **options):
+            initialize(self, num_features, **options)
+
+        this, features, *options = inspect.signature(initialize).parameters.values()
+        options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+        init.__signature__ = inspect.Signature([this, features, *options])  # pyright: ignore
+        cls.__init__ = init
+
+
+class Shell(_DataclassModule):
+    """What all NNX modules of this library share.
+
+    Args:
+        num_features: size of the input along its feature axis, or the sizes along several.
+        rngs: random keys for the initializers.
+        promote_dtype: called as in Flax, with (x, mean, var, scale, bias) and `dtype`, it may cast
+            the input and the parameters before anything else; statistics stay as they are. By
+            default nothing is cast before the result.
+        scale_metadata, bias_metadata: metadata of the variables `scale` and `bias`.
+    """
+
+    num_features: int | Sequence[int] = dataclasses.field(kw_only=False)
+    promote_dtype: Callable[..., Any] | None = None
+    rngs: dataclasses.InitVar[nnx.Rngs]
+    scale_metadata: dataclasses.InitVar[Mapping[str, Any] | None] = None
+    bias_metadata: dataclasses.InitVar[Mapping[str, Any] | None] = None
+
+    def __post_init__(
+        self: Any,
+        rngs: nnx.Rngs,
+        scale_metadata: Mapping[str, Any] | None,
+        bias_metadata: Mapping[str, Any] | None,
+    ) -> None:
+        self.check_options(self._who)
+        metadata = {"scale": scale_metadata or {}, "bias": bias_metadata or {}}
+        for name in ("scale", "bias"):
+            setattr(self, name, nnx.data(None))
+        for name, (collection, shape, dtype, init) in self._slots().items():
+            key = rngs.params() if collection == "params" else None
+            variable = _VARIABLE_TYPES[collection]
+            setattr(self, name, variable(init(key, shape, dtype), **metadata.get(name, {})))
+
+    @property
+    def _who(self: Any) -> str:
+        return f"{type(self).__name__}(num_features={self.num_features})"
+
+    def _features(self) -> tuple[int, ...]:
+        sizes = self.num_features
+        return (sizes,) if isinstance(sizes, int) else tuple(sizes)
+
+    def _slots(self: Any):
+        # NNX creates variables before it sees an input: the dtypes say whether it will be complex.
+        dtypes = [dtype for dtype in (self.dtype, self.param_dtype) if dtype is not None]
+        return self.slots(self._features(), any(precision.is_complex(dtype) for dtype in dtypes))
+
+    def _check_features(self: Any, x: jax.Array) -> None:
+        axes = self.feature_axes(x.ndim, self._who)
+        found = tuple(x.shape[axis] for axis in axes)
+        if found != self._features():
+            raise ValueError(
+                f"{self._who}: the input of shape {x.shape} has "
+                f"{checks.describe_features(x.shape, axes)}. Set "
+                f"num_features={found[0] if len(found) == 1 else found}, or name the feature axis "
+                f"of the input: axis=..."
+            )
+
+
+class RunningStatsShell(Shell):
+    """NNX modules with running statistics in variables of type `nnx.BatchStat`."""
+
+    def __call__(
+        self: Any,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`, and in training moves the running statistics.
+
+        Args:
+            x: input of any shape; float, bfloat16, or complex.
+            use_running_average: True for inference, False for training; None for the layer's
+                choice, which `train()`, `eval()` and `nnx.view` set.
+            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
+            update_stats: whether training moves the running statistics; None for the layer's
+                choice.
+
+        Returns:
+            Array of the shape of `x`.
+        """
+        frozen, moves = self.mode(use_running_average, update_stats, self._who)
+        x = checks.inexact_array(x, self._who)
+        self._check_features(x)
+        variables = {name: getattr(self, name) for name in self._slots()}
+        values = {name: variable[...] for name, variable in variables.items()}
+        if self.promote_dtype is not None:
+            names = ("mean", "var", "scale", "bias")
+            x, _, _, scale, bias = self.promote_dtype(
+                (x, *(values.get(name) for name in names)), dtype=self.dtype
+            )
+            cast = {"scale": scale, "bias": bias}
+            values |= {name: value for name, value in cast.items() if value is not None}
+        dtypes = (values[name].dtype for name in ("mean", "scale", "bias") if name in values)
+        y, changed = self.transform(
+            values,
+            x,
+            mask,
+            self.dtype or precision.promote(x.dtype, *dtypes),
+            self._who,
+            use_running_average=frozen,
+            update_stats=moves,
+            initializing=False,
+        )
+        for name, value in changed.items():
+            variables[name][...] = value
+        return y
+
+    def set_view(
+        self: Any, use_running_average: bool | None = None, update_stats: bool | None = None
+    ) -> None:
+        """What `nnx.view(model, ...)` calls to change these options of all layers of a model."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+        if update_stats is not None:
+            self.update_stats = update_stats

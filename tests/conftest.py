@@ -1,0 +1,14 @@
+"""Eight CPU devices, strict ranks and no warnings, for the whole suite."""
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """Double precision inside one test."""
+    with jax.enable_x64(True):
+        yield
