@@ -42,8 +42,8 @@ def normalize(
         axis: the feature axis or axes of `x`: `scale` and `bias` have its shape along them, in
             increasing order.
         where: boolean mask with as many axes as `x`, each of the size of `x` or 1. Masked elements
-            do not count for the moments. They are normalized like the others, except that NaN,
-            infinities and numbers of more than a quarter of the range of exponents are taken for 0.
+            do not count for the moments. They are normalized like the others, but NaN,
+            infinities and huge numbers (above 4e9 in float32) among them are taken for 0.
         epsilon: added to the variance, inside the root; 0 or more.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
             the moments are pooled, weighted by the number of valid elements on each device.
@@ -52,7 +52,7 @@ def normalize(
         who: the name that error messages give to the caller.
 
     Returns:
-        The result, of the shape of `x`, and its `Moments`, of the shape of `x` without `axes` and in
+        The result, of the shape of `x`, and its `Moments`, of the shape of `x` without `axes`, in
         float32 or wider. Where nothing is valid, the mean is taken for 0 and the variance for 1.
 
     Raises:
@@ -62,8 +62,9 @@ def normalize(
         NameError: `axis_name` is not bound.
 
     Numerics:
-        Computes in float32 or wider and rounds once. All derivatives of every order agree with those
-        of the plain composition, while only `x` and statistics are kept for the backward pass.
+        Computes in float32 or wider and rounds once. All derivatives of every order agree with
+        those of the plain composition, while only `x` and statistics are kept for the backward
+        pass.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm

@@ -29,6 +29,7 @@ def real_dtype(dtype: DTypeLike) -> Any:
 
 
 def is_complex(dtype: DTypeLike) -> bool:
+    """Whether values of `dtype` are complex."""
     return jnp.issubdtype(dtype, jnp.complexfloating)
 
 

@@ -65,16 +65,17 @@ def debiased_ema(old: Stats, new: Stats, momentum: ArrayLike, updates: ArrayLike
         >>> import jax.numpy as jnp, jaxnorm
         >>> start = jaxnorm.Stats(mean=jnp.zeros(1), var=jnp.ones(1))
         >>> batch = jaxnorm.Stats(mean=jnp.full(1, 5.0), var=jnp.full(1, 2.0))
-        >>> jaxnorm.debiased_ema(start, batch, momentum=0.99, updates=0)
-        Stats(mean=Array([5.], dtype=float32), var=Array([2.], dtype=float32))
+        >>> after_one = jaxnorm.debiased_ema(start, batch, momentum=0.99, updates=0)
+        >>> after_one.mean.tolist(), after_one.var.tolist()
+        ([5.0], [2.0])
 
     Source:
         Kingma & Ba 2015, "Adam" (arXiv:1412.6980), section 3, for the correction.
     """
-    # 1 - momentum^t through expm1: at momentum .99 the plain difference loses two digits.
+    # (1 - momentum) / (1 - momentum^t) by expm1: at momentum .99 plain differences lose two digits.
     log_momentum = jnp.log(jnp.asarray(momentum, old.var.dtype))
-    seen = -jnp.expm1((jnp.asarray(updates, old.var.dtype) + 1) * log_momentum)
-    take = jnp.asarray(1 - momentum, old.var.dtype) / seen
+    batches = jnp.asarray(updates, old.var.dtype) + 1
+    take = jnp.expm1(log_momentum) / jnp.expm1(batches * log_momentum)
     return _blend(old, new, 1 - take, take)
 
 
@@ -166,30 +167,29 @@ def update_running(
         Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3.1.
     """
     check_averaging(momentum, debias, "update_running")
-    if updates is None and (momentum is None or debias):
-        option = "momentum=None" if momentum is None else "debias=True"
-        raise ValueError(
-            f"update_running: {option} depends on how many batches were seen before. "
-            f"Pass updates=jnp.zeros({tuple(old.mean.shape)}, jnp.int32) at the start, and what "
-            f"this function returns from then on."
-        )
     moved = batch.count > ddof
     if skip_nonfinite:
         moved &= jnp.isfinite(batch.mean).all() & jnp.isfinite(batch.var).all()
 
-    def unless_moved(new: jax.Array, unmoved: jax.Array) -> jax.Array:
+    def where_moved(new: jax.Array, unmoved: jax.Array) -> jax.Array:
         return jnp.where(moved, new.astype(unmoved.dtype), unmoved)
 
     # Cleaned before the blend too: a NaN that is not chosen would still reach the derivatives.
-    new = jax.tree.map(unless_moved, batch.stats(ddof), old)
-    if momentum is None:
-        blended = cumulative_average(old, new, updates)
-    elif debias:
-        blended = debiased_ema(old, new, momentum, updates)
-    else:
+    new = jax.tree.map(where_moved, batch.stats(ddof), old)
+    if momentum is not None and not debias:
         blended = ema(old, new, momentum)
+    elif updates is None:
+        raise ValueError(
+            f"update_running: {'debias=True' if debias else 'momentum=None'} depends on how many "
+            f"batches were seen before. Pass updates=jnp.zeros({old.mean.shape}, jnp.int32) at the "
+            f"start, and what this function returns from then on."
+        )
+    elif momentum is None:
+        blended = cumulative_average(old, new, updates)
+    else:
+        blended = debiased_ema(old, new, momentum, updates)
     counted = None if updates is None else updates + moved.astype(updates.dtype)
-    return jax.tree.map(unless_moved, blended, old), counted
+    return jax.tree.map(where_moved, blended, old), counted
 
 
 def check_averaging(momentum: ArrayLike | None, debias: bool, who: str) -> None:

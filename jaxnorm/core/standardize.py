@@ -42,7 +42,7 @@ def normalize_plainly(
     bias: jax.Array | None,
     where: jax.Array | None,
 ) -> tuple[jax.Array, Moments]:
-    """The specification: every array but `x` has the axes of `x`, with size 1 where it is shared."""
+    """The specification. All arrays have the axes of `x`, with size 1 where they are shared."""
     x = clean(x, where)
     evidence = moments_keeping_axes(x, plan.axes, where, plan.over)
     y = apply_affine(apply_stats(x, evidence.stats(), plan.epsilon), scale, bias)
@@ -160,5 +160,6 @@ def stats_along(stats: Stats, shape: tuple[int, ...], axis: tuple[int, ...], who
     """Checked statistics, laid along the feature `axis` of an input of `shape`."""
     mean = feature_along(stats.mean, shape, axis, who, "the mean")
     var = feature_along(stats.var, shape, axis, who, "the variance")
-    assert mean is not None and var is not None
+    assert mean is not None
+    assert var is not None
     return Stats(mean, var)

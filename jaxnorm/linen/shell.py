@@ -1,4 +1,4 @@
-"""The Linen shell: turns the slots of a spec into Linen variables, and errors into Linen's kinds."""
+"""The Linen shell: turns the slots of a spec into Linen variables."""
 
 from typing import Any
 

@@ -125,8 +125,8 @@ def batch_norm_inference(
         stats: mean and variance of each feature: running statistics, or exact ones of a data set,
             `merge(...).stats(ddof=1)`.
         scale, bias, axis, epsilon, dtype, who: as in `batch_norm`.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1. It only keeps NaN,
-            infinities and huge numbers where it is False from the result and its derivatives.
+        where: boolean mask with as many axes as `x`, each of the size of `x` or 1. Where it is
+            False, NaN, infinities and huge numbers are taken for 0.
 
     Returns:
         The result, of the shape of `x`.
@@ -139,11 +139,13 @@ def batch_norm_inference(
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
-        >>> batches = jnp.array([[[0.0], [2.0]], [[4.0], [6.0]]])
+        >>> batches = jnp.array([[[0.0], [8.0]], [[-12.0], [4.0]]])
         >>> seen = jaxnorm.merge(*(jaxnorm.batch_norm(batch)[1] for batch in batches))
-        >>> population = seen.stats(ddof=1)
-        >>> jaxnorm.batch_norm_inference(batches[0], population).round(2).tolist()
-        [[-1.16], [-0.39]]
+        >>> population = seen.stats()
+        >>> population.mean.tolist(), population.var.tolist()
+        ([0.0], [56.0])
+        >>> jaxnorm.batch_norm_inference(batches[0], population).shape
+        (2, 1)
 
     Source:
         Ioffe & Szegedy 2015 (arXiv:1502.03167), Algorithm 2, steps 8 to 11.
@@ -232,7 +234,7 @@ class BatchNorm:
     update_stats: bool = True
     skip_nonfinite: bool = False
 
-    def check_options(self, who: str) -> None:
+    def check_options(self, who: str) -> None:  # noqa: D102 (the protocol's)
         check_averaging(self.momentum, self.debias, who)
         if self.running_var not in ("biased", "unbiased"):
             raise ValueError(
@@ -266,10 +268,12 @@ class BatchNorm:
             )
         return frozen, not frozen and (self.update_stats if update_stats is None else update_stats)
 
-    def feature_axes(self, ndim: int, who: str) -> tuple[int, ...]:
+    def feature_axes(self, ndim: int, who: str) -> tuple[int, ...]:  # noqa: D102
         return ax.canonical_axes(self.axis, ndim, who)
 
-    def slots(self, features: tuple[int, ...], is_complex: bool) -> dict[str, Slot]:
+    def slots(  # noqa: D102
+        self, features: tuple[int, ...], is_complex: bool
+    ) -> dict[str, Slot]:
         zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
         real = precision.promote(precision.real_dtype(self.param_dtype), jnp.float32)
         mean_dtype = precision.promote(real, jnp.complex64) if is_complex else real
@@ -364,8 +368,8 @@ def _warn_of_single_values(local_count: int, axis_name: AxisName | None, who: st
     devices_together = 1 if axis_name is None else lax.axis_size(axis_name)
     if local_count * devices_together == 1:
         warnings.warn(
-            f"{who}: trains on one value per feature, which is its own mean: the output is the bias "
-            f"whatever the input, and the running variance decays to 0. Use larger batches, or "
-            f"use_running_average=True.",
+            f"{who}: trains on one value per feature, which is its own mean: the output is the "
+            f"bias whatever the input, and the running variance decays to 0. Use larger batches, "
+            f"or use_running_average=True.",
             stacklevel=2,
         )

@@ -189,7 +189,7 @@ def _checked(
     where: ArrayLike | None,
     who: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[int, ...], jax.Array]:
-    """Arrays of one dtype and rank: dy, a clean x, scale, the canonical axis, validity as 0 or 1."""
+    """Arrays of one dtype and rank: dy, clean x, scale, canonical axis, validity as 0 or 1."""
     x, dy = checks.inexact_array(x, who), checks.inexact_array(dy, who)
     if precision.is_complex(x.dtype) or precision.is_complex(dy.dtype):
         raise TypeError(

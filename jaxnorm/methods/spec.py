@@ -43,7 +43,13 @@ class Spec(Protocol):
         ...
 
     def transform(
-        self, values: Values, x: jax.Array, mask: jax.Array | None, dtype: Any, who: str, **mode: Any
+        self,
+        values: Values,
+        x: jax.Array,
+        mask: jax.Array | None,
+        dtype: Any,
+        who: str,
+        **mode: Any,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """One call: the result as `dtype`, and the new values of the variables that changed."""
         ...

@@ -11,11 +11,11 @@ class BatchNorm(methods.BatchNorm, RunningStatsShell):
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> import jaxnorm
-        >>> layer = jaxnorm.nnx.BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
+        >>> layer = jaxnorm.nnx.BatchNorm(2, momentum=0.75, rngs=nnx.Rngs(0))
         >>> layer.train()
         >>> y = layer(jnp.array([[1.0, 10.0], [3.0, 30.0]]))
         >>> y.round(3).tolist(), layer.mean[...].tolist()
-        ([[-1.0, -1.0], [1.0, 1.0]], [0.19999998807907104, 1.9999998807907104])
+        ([[-1.0, -1.0], [1.0, 1.0]], [0.5, 5.0])
         >>> layer.eval()
         >>> layer(y).shape
         (2, 2)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, dataclass_transform
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
@@ -27,16 +26,20 @@ class _DataclassModule(nnx.Module):
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(kw_only=True, repr=False, eq=False)(cls)
-        initialize = cls.__init__
+        setattr(cls, "__init__", _with_one_position(cls.__init__))  # noqa: B010 (its type changes)
 
-        @functools.wraps(initialize)
-        def init(self, num_features, **options):
-            initialize(self, num_features, **options)
 
-        this, features, *options = inspect.signature(initialize).parameters.values()
-        options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
-        init.__signature__ = inspect.Signature([this, features, *options])  # pyright: ignore
-        cls.__init__ = init
+def _with_one_position(initialize: Callable[..., None]) -> Any:
+    """`initialize` with every argument but self and the first by keyword only."""
+
+    @functools.wraps(initialize)
+    def init(self: Any, num_features: int | Sequence[int], **options: Any) -> None:
+        initialize(self, num_features, **options)
+
+    itself, features, *options = inspect.signature(initialize).parameters.values()
+    options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+    vars(init)["__signature__"] = inspect.Signature([itself, features, *options])
+    return init
 
 
 class Shell(_DataclassModule):
@@ -122,23 +125,18 @@ class RunningStatsShell(Shell):
             Array of the shape of `x`.
         """
         frozen, moves = self.mode(use_running_average, update_stats, self._who)
-        x = checks.inexact_array(x, self._who)
-        self._check_features(x)
+        array = checks.inexact_array(x, self._who)
+        self._check_features(array)
         variables = {name: getattr(self, name) for name in self._slots()}
         values = {name: variable[...] for name, variable in variables.items()}
         if self.promote_dtype is not None:
-            names = ("mean", "var", "scale", "bias")
-            x, _, _, scale, bias = self.promote_dtype(
-                (x, *(values.get(name) for name in names)), dtype=self.dtype
-            )
-            cast = {"scale": scale, "bias": bias}
-            values |= {name: value for name, value in cast.items() if value is not None}
-        dtypes = (values[name].dtype for name in ("mean", "scale", "bias") if name in values)
+            array, values = self._promoted(array, values)
+        dtypes = [values[name].dtype for name in ("mean", "scale", "bias") if name in values]
         y, changed = self.transform(
             values,
-            x,
+            array,
             mask,
-            self.dtype or precision.promote(x.dtype, *dtypes),
+            self.dtype or precision.promote(array.dtype, *dtypes),
             self._who,
             use_running_average=frozen,
             update_stats=moves,
@@ -147,6 +145,13 @@ class RunningStatsShell(Shell):
         for name, value in changed.items():
             variables[name][...] = value
         return y
+
+    def _promoted(self: Any, x: jax.Array, values: dict[str, jax.Array]):
+        names = ("mean", "var", "scale", "bias")
+        arrays = (x, *(values.get(name) for name in names))
+        x, _, _, scale, bias = self.promote_dtype(arrays, dtype=self.dtype)
+        cast = {"scale": scale, "bias": bias}
+        return x, values | {name: value for name, value in cast.items() if value is not None}
 
     def set_view(
         self: Any, use_running_average: bool | None = None, update_stats: bool | None = None
