@@ -8,6 +8,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture
+def quick_compile():
+    """For tests of mathematics, where the time goes into compiling what runs once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def x64():
     """Double precision inside one test."""
     with jax.enable_x64(True):

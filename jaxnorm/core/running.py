@@ -6,6 +6,8 @@ much they take. What is stored is therefore always an estimate that can be used 
 has to be corrected when it is read.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -171,11 +173,7 @@ def update_running(
     if skip_nonfinite:
         moved &= jnp.isfinite(batch.mean).all() & jnp.isfinite(batch.var).all()
 
-    def where_moved(new: jax.Array, unmoved: jax.Array) -> jax.Array:
-        return jnp.where(moved, new.astype(unmoved.dtype), unmoved)
-
-    # Cleaned before the blend too: a NaN that is not chosen would still reach the derivatives.
-    new = jax.tree.map(where_moved, batch.stats(ddof), old)
+    new = batch.stats(ddof)
     if momentum is not None and not debias:
         blended = ema(old, new, momentum)
     elif updates is None:
@@ -189,7 +187,7 @@ def update_running(
     else:
         blended = debiased_ema(old, new, momentum, updates)
     counted = None if updates is None else updates + moved.astype(updates.dtype)
-    return jax.tree.map(where_moved, blended, old), counted
+    return jax.tree.map(partial(jnp.where, moved), blended, old), counted
 
 
 def check_averaging(momentum: ArrayLike | None, debias: bool, who: str) -> None:
