@@ -18,7 +18,8 @@ def inexact_array(x: ArrayLike, who: str) -> jax.Array:
     Raises:
         TypeError: `x` holds integers or booleans, whose statistics would be rounded.
     """
-    x = jnp.asarray(x)
+    # A JAX array is left alone: under jax_debug_nans even a conversion to itself raises on NaN.
+    x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"{who}: the input is {x.dtype}{list(x.shape)}, but statistics need floating point or "
