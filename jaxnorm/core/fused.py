@@ -29,7 +29,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxnorm.core import precision
-from jaxnorm.core.moments import AlongAxes, Moments, Stats, clean, harmless, reciprocal
+from jaxnorm.core.moments import Moments, Stats, clean, elements, harmless, reciprocal
 from jaxnorm.core.standardize import Plan, apply_affine, apply_stats, normalize_plainly
 
 
@@ -75,9 +75,8 @@ def _tangent(plan: Plan, known, tangents):
     if dx is not None:
         dx = _selected(dx, harmless(x, where)).astype(mean.dtype)
         valid = _selected(dx, where)
-        sums = AlongAxes(x.shape, plan.axes).sum(valid, precision.real_product(xhat, valid))
-        if plan.over is not None:
-            sums = plan.over.sum(*sums)
+        parts = elements(x.shape, plan.axes, plan.over)
+        sums = parts.sum(valid, precision.real_product(xhat, valid))
         dmean, along = (total * share for total in sums)
         dvar = 2 * along / rstd
         factor = rstd.astype(wide) if scale is None else rstd.astype(wide) * scale.astype(wide)

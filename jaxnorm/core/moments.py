@@ -120,6 +120,30 @@ class AlongAxes:
         return tuple(sum_one(value) for value in values)
 
 
+@dataclasses.dataclass(frozen=True)
+class AlongAxesAndDevices:
+    """The elements along axes of the arrays of all devices: pooled at once, not device by device.
+
+    A mean of each device would be rounded before it is compared with the others'.
+    """
+
+    along: AlongAxes
+    over: Devices
+
+    @property
+    def parts(self) -> int | None:  # noqa: D102
+        return None if self.over.parts is None else self.along.parts * self.over.parts
+
+    def sum(self, *values: jax.Array) -> tuple[jax.Array, ...]:  # noqa: D102
+        return self.over.sum(*self.along.sum(*values))
+
+
+def elements(shape: tuple[int, ...], axes: tuple[int, ...], over: Devices | None) -> Parts:
+    """The elements along `axes` of an array of `shape`, on this device or on several."""
+    along = AlongAxes(shape, axes)
+    return along if over is None else AlongAxesAndDevices(along, over)
+
+
 def reciprocal(count: jax.Array | float) -> jax.Array | float:
     """1 / count, and 0 where `count` is not positive."""
     if isinstance(count, float):
@@ -145,7 +169,9 @@ def pooled(
         total = count * parts.parts
         (weighted,) = parts.sum(count * mean)
     else:
-        total, weighted = parts.sum(jnp.asarray(count, mean.real.dtype), count * mean)
+        if isinstance(count, float):
+            count = jnp.full((1,) * mean.ndim, count, mean.real.dtype)
+        total, weighted = parts.sum(count, count * mean)
     share = reciprocal(total)
     pivot = lax.stop_gradient(weighted * share)
     offset = mean - pivot
@@ -186,25 +212,15 @@ def clean(x: jax.Array, where: jax.Array | None) -> jax.Array:
     return x if selected is None else jnp.where(selected, x, jnp.zeros_like(x))
 
 
-def local_moments(
-    x: jax.Array, axes: tuple[int, ...], where: jax.Array | None
-) -> tuple[jax.Array | float, jax.Array, jax.Array]:
-    """Count, mean and variance of the valid elements of a clean `x`, with `axes` kept as size 1."""
-    x = x.astype(precision.accumulation_dtype(x.dtype))
-    zero = jnp.zeros((1,) * x.ndim, precision.real_dtype(x.dtype))
-    count = 1.0 if where is None else where.astype(zero.dtype)
-    return pooled(count, x, zero, AlongAxes(x.shape, axes))
-
-
 def moments_keeping_axes(
     x: jax.Array, axes: tuple[int, ...], where: jax.Array | None, over: Devices | None
 ) -> Moments:
     """`moments` after the door: `x` clean, `axes` canonical and kept as size 1."""
-    count, mean, var = local_moments(x, axes, where)
-    if over is not None:
-        count, mean, var = pooled(count, mean, var, over)
-    count = jnp.asarray(count, var.dtype)
-    return Moments(jnp.broadcast_to(jnp.expand_dims(count, ()), var.shape), mean, var)
+    x = x.astype(precision.accumulation_dtype(x.dtype))
+    zero = jnp.zeros((1,) * x.ndim, precision.real_dtype(x.dtype))
+    count = 1.0 if where is None else where.astype(zero.dtype)
+    count, mean, var = pooled(count, x, zero, elements(x.shape, axes, over))
+    return Moments(jnp.broadcast_to(jnp.asarray(count, var.dtype), var.shape), mean, var)
 
 
 def moments(
