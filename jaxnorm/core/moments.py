@@ -153,7 +153,7 @@ def reciprocal(count: jax.Array | float) -> jax.Array | float:
 
 
 def pooled(
-    count: jax.Array | float, mean: jax.Array, var: jax.Array | float, parts: Parts
+    count: jax.Array | float, mean: jax.Array, var: jax.Array, parts: Parts
 ) -> tuple[jax.Array | float, jax.Array, jax.Array]:
     """The one pooling formula (see the top of this file): count, mean and variance of all `parts`.
 
