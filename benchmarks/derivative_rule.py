@@ -136,7 +136,7 @@ def all_reduces(way: str, plan: Plan, x, scale, bias) -> int:
         y, backward = jax.vjp(sharded, x, scale, bias)
         return y, backward(dy)
 
-    text = step.lower(x, scale, bias, x).compile().as_text()
+    text = step.lower(x, scale, bias, x).compile().as_text() or ""
     return text.count(" all-reduce(") + text.count(" all-reduce-start(")
 
 

@@ -50,3 +50,9 @@ def test_missing_and_broken_data_name_the_way_out(example, content, tmp_path, mo
         (tmp_path / "mnist.npz").write_bytes(content)
     with pytest.raises(example.UsageError, match="--data digits"):
         example.main(example.Options())
+
+
+def test_the_nnx_twin_learns(example):
+    import batch_norm_digits_nnx
+
+    assert batch_norm_digits_nnx.main(batch_norm_digits_nnx.Options()) >= 0.95

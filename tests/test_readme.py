@@ -3,7 +3,14 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
+
+import jaxnorm
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -13,6 +20,55 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[0])
 def test_code_runs(block):
     exec(compile(block, "README.md", "exec"), {})
+
+
+def steps_to_copy(word):
+    (block,) = (block for block in BLOCKS if "def eval_step" in block and word in block)
+    namespace = {}
+    exec(compile(block, "README.md", "exec"), namespace)
+    return namespace
+
+
+def separable_data():
+    x = jax.random.normal(jax.random.key(0), (64, 6))
+    return x, (x[:, 0] > 0).astype(jnp.int32)
+
+
+def test_linen_steps_train():
+    steps = steps_to_copy("TrainState")
+    x, labels = separable_data()
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Dense(2)(jaxnorm.linen.BatchNorm(use_running_average=not train)(x))
+
+    model = Network()
+    variables = model.init(jax.random.key(1), x, train=False)
+    state = steps["TrainState"].create(apply_fn=model.apply, tx=optax.sgd(0.5), **variables)
+    before = state.batch_stats
+    losses = []
+    for _ in range(30):
+        state, loss = steps["train_step"](state, x, labels)
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(
+        jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).all(), before, state.batch_stats))
+    )
+    assert (steps["eval_step"](state, x).argmax(-1) == labels).mean() > 0.9
+
+
+def test_nnx_steps_train():
+    steps = steps_to_copy("nnx.jit")
+    x, labels = separable_data()
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(jaxnorm.nnx.BatchNorm(6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs))
+    optimizer = nnx.Optimizer(model, optax.sgd(0.5), wrt=nnx.Param)
+    model.train()
+    losses = [float(steps["train_step"](model, optimizer, x, labels)) for _ in range(30)]
+    model.eval()
+    assert losses[-1] < 0.5 * losses[0]
+    assert (steps["eval_step"](model, x).argmax(-1) == labels).mean() > 0.9
 
 
 def test_there_is_code_for_linen_nnx_and_pure_functions():

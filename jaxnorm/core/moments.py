@@ -169,9 +169,8 @@ def pooled(
         total = count * parts.parts
         (weighted,) = parts.sum(count * mean)
     else:
-        if isinstance(count, float):
-            count = jnp.full((1,) * mean.ndim, count, mean.real.dtype)
-        total, weighted = parts.sum(count, count * mean)
+        ones = jnp.ones((1,) * mean.ndim, precision.real_dtype(mean.dtype))
+        total, weighted = parts.sum(count * ones, count * mean)
     share = reciprocal(total)
     pivot = lax.stop_gradient(weighted * share)
     offset = mean - pivot
