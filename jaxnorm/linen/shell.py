@@ -100,8 +100,10 @@ class RunningStatsShell(Shell):
         axes = self.feature_axes(x.ndim, who)
         features = tuple(x.shape[axis] for axis in axes)
         values = self._declare(self.slots(features, precision.is_complex(x.dtype)))
-        params = (values[name].dtype for name in ("scale", "bias") if name in values)
-        dtype = self.dtype or precision.promote(x.dtype, *params)
+        dtype = self.dtype
+        if dtype is None:
+            params = (values[name].dtype for name in ("scale", "bias") if name in values)
+            dtype = precision.promote(x.dtype, *params)
         y, changed = self.transform(
             values,
             x,

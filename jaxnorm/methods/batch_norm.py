@@ -293,7 +293,7 @@ class BatchNorm:
         self,
         values: Values,
         x: jax.Array,
-        mask: jax.Array | None,
+        mask: ArrayLike | None,
         dtype: Any,
         who: str,
         *,
@@ -328,7 +328,7 @@ class BatchNorm:
         if initializing:
             return y, {}
         if mask is None:
-            _warn_of_single_values(x.size // max(batch.mean.size, 1), self.axis_name, who)
+            self._warn_of_single_values(x.size // max(batch.mean.size, 1), who)
         if not update_stats:
             return y, {}
         _check_width(old, who)
@@ -343,6 +343,16 @@ class BatchNorm:
         )
         changed = {"mean": new.mean, "var": new.var}
         return y, changed if updates is None else changed | {"updates": updates}
+
+    def _warn_of_single_values(self, local_count: int, who: str) -> None:
+        over = devices(self.axis_name, self.axis_index_groups, who)
+        if local_count == 1 and (over is None or over.parts == 1):
+            warnings.warn(
+                f"{who}: trains on one value per feature, which is its own mean: the output is the "
+                f"bias whatever the input, and the running variance decays to 0. Use larger "
+                f"batches, or use_running_average=True.",
+                stacklevel=2,
+            )
 
 
 def _check_kind(x: jax.Array, stats: Stats, who: str) -> None:
@@ -362,14 +372,3 @@ def _check_width(stats: Stats, who: str) -> None:
                 f"stops moving. Store statistics in float32: "
                 f"jax.tree.map(lambda leaf: leaf.astype(jnp.float32), batch_stats)."
             )
-
-
-def _warn_of_single_values(local_count: int, axis_name: AxisName | None, who: str) -> None:
-    devices_together = 1 if axis_name is None else lax.axis_size(axis_name)
-    if local_count * devices_together == 1:
-        warnings.warn(
-            f"{who}: trains on one value per feature, which is its own mean: the output is the "
-            f"bias whatever the input, and the running variance decays to 0. Use larger batches, "
-            f"or use_running_average=True.",
-            stacklevel=2,
-        )

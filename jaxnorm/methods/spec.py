@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
+from jax.typing import ArrayLike
 
 Initializer = Callable[..., Any]
 Values = Mapping[str, jax.Array]
@@ -46,7 +47,7 @@ class Spec(Protocol):
         self,
         values: Values,
         x: jax.Array,
-        mask: jax.Array | None,
+        mask: ArrayLike | None,
         dtype: Any,
         who: str,
         **mode: Any,

@@ -1,5 +1,9 @@
 """One NNX module per method."""
 
+import dataclasses
+
+from flax import nnx
+
 from jaxnorm import methods
 from jaxnorm.nnx.shell import RunningStatsShell
 
@@ -22,3 +26,8 @@ class BatchNorm(methods.BatchNorm, RunningStatsShell):
     """
 
     use_running_average: bool | None = False
+
+    scale: nnx.Param | None = dataclasses.field(init=False)
+    bias: nnx.Param | None = dataclasses.field(init=False)
+    mean: nnx.BatchStat = dataclasses.field(init=False)
+    var: nnx.BatchStat = dataclasses.field(init=False)

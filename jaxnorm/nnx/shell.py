@@ -131,12 +131,16 @@ class RunningStatsShell(Shell):
         values = {name: variable[...] for name, variable in variables.items()}
         if self.promote_dtype is not None:
             array, values = self._promoted(array, values)
-        dtypes = [values[name].dtype for name in ("mean", "scale", "bias") if name in values]
+        dtype = self.dtype
+        if dtype is None:
+            names = ("mean", "scale", "bias")
+            dtypes = (values[name].dtype for name in names if name in values)
+            dtype = precision.promote(array.dtype, *dtypes)
         y, changed = self.transform(
             values,
             array,
             mask,
-            self.dtype or precision.promote(array.dtype, *dtypes),
+            dtype,
             self._who,
             use_running_average=frozen,
             update_stats=moves,
