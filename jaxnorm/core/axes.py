@@ -1,7 +1,9 @@
 """Axes of an array: one canonical form, and how an array of features is laid along them."""
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +18,22 @@ def canonical_axes(
         ValueError: an axis is out of range for `ndim` axes, or named twice.
         TypeError: an axis is not an integer.
     """
-    given = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+    several = isinstance(axes, Iterable) and not isinstance(axes, str)
+    listed: Any = axes if several else (axes,)
+    try:
+        given = tuple(operator.index(axis) for axis in listed)
+    except TypeError:
+        raise TypeError(
+            f"{who}: {what} must be an integer or several, found {axes!r}. "
+            f"Count axes from the front or, with a minus, from the back: {what}=-1."
+        ) from None
     for axis in given:
-        if not hasattr(axis, "__index__"):
-            raise TypeError(f"{who}: {what} must be an integer or several, found {axis!r}.")
         if not -ndim <= axis < ndim:
             allowed = f"Use a value from {-ndim} to {ndim - 1}." if ndim else "Add a feature axis."
             raise ValueError(
                 f"{who}: {what}={axis} is out of range for an input with {ndim} axes. {allowed}"
             )
-    positive = sorted(axis.__index__() % ndim for axis in given)
+    positive = sorted(axis % ndim for axis in given)
     if len(set(positive)) != len(positive):
         raise ValueError(
             f"{who}: {what}={given} names an axis twice, in an input with {ndim} axes they are "

@@ -65,9 +65,16 @@ def boolean_mask(where: ArrayLike | None, shape: tuple[int, ...], who: str) -> j
 
 
 def feature_array(
-    value: ArrayLike | None, shape: Sequence[int], axes: Sequence[int], who: str, what: str
+    value: ArrayLike | None,
+    shape: Sequence[int],
+    axes: Sequence[int],
+    who: str,
+    what: str,
+    argument: str = "axis",
 ) -> jax.Array | None:
     """`value` as an array with one entry per feature of an input of `shape` with feature `axes`.
+
+    `argument` is the name under which the caller takes the axes.
 
     Raises:
         ValueError: its shape is another.
@@ -79,8 +86,8 @@ def feature_array(
     if value.shape != expected:
         raise ValueError(
             f"{who}: {what} has shape {value.shape}, but the input of shape {tuple(shape)} has "
-            f"{describe_features(shape, axes)}. Use {what} of shape {expected}, or name the "
-            f"feature axis of the input: axis=..."
+            f"{describe_features(shape, axes)}. Use {what} of shape {expected}, or say where the "
+            f"features are: {argument}=..."
         )
     return value
 

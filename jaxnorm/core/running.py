@@ -155,7 +155,7 @@ def update_running(
         were given). Entries without evidence, whose count does not exceed `ddof`, do not move.
 
     Raises:
-        ValueError: contradicting options.
+        ValueError: contradicting options, or evidence of another shape.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
@@ -169,6 +169,12 @@ def update_running(
         Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3.1.
     """
     check_averaging(momentum, debias, "update_running")
+    if jnp.shape(batch.mean) != jnp.shape(old.mean):
+        raise ValueError(
+            f"update_running: evidence of shape {jnp.shape(batch.mean)} cannot move running "
+            f"statistics of shape {jnp.shape(old.mean)}. Take it over the other axes: "
+            f"jaxnorm.moments(x, axes)."
+        )
     moved = batch.count > ddof
     if skip_nonfinite:
         moved &= jnp.isfinite(batch.mean).all() & jnp.isfinite(batch.var).all()

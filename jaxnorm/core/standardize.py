@@ -108,7 +108,7 @@ def standardize(
     who = "standardize"
     x = checks.inexact_array(x, who)
     axes = ax.canonical_axes(axes, x.ndim, who, "axes")
-    stats = stats_along(stats, x.shape, ax.other_axes(axes, x.ndim), who)
+    stats = stats_along(stats, x.shape, ax.other_axes(axes, x.ndim), who, "axes")
     return apply_stats(x, stats, epsilon).astype(x.dtype)
 
 
@@ -149,17 +149,24 @@ def affine(
 
 
 def feature_along(
-    value: ArrayLike | None, shape: tuple[int, ...], axis: tuple[int, ...], who: str, what: str
+    value: ArrayLike | None,
+    shape: tuple[int, ...],
+    axis: tuple[int, ...],
+    who: str,
+    what: str,
+    argument: str = "axis",
 ) -> jax.Array | None:
     """A checked array of features, laid along the feature `axis` of an input of `shape`."""
-    checked = checks.feature_array(value, shape, axis, who, what)
+    checked = checks.feature_array(value, shape, axis, who, what, argument)
     return None if checked is None else ax.lay_along(checked, axis, len(shape))
 
 
-def stats_along(stats: Stats, shape: tuple[int, ...], axis: tuple[int, ...], who: str) -> Stats:
+def stats_along(
+    stats: Stats, shape: tuple[int, ...], axis: tuple[int, ...], who: str, argument: str = "axis"
+) -> Stats:
     """Checked statistics, laid along the feature `axis` of an input of `shape`."""
-    mean = feature_along(stats.mean, shape, axis, who, "the mean")
-    var = feature_along(stats.var, shape, axis, who, "the variance")
+    mean = feature_along(stats.mean, shape, axis, who, "the mean", argument)
+    var = feature_along(stats.var, shape, axis, who, "the variance", argument)
     assert mean is not None
     assert var is not None
     return Stats(mean, var)

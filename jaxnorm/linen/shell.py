@@ -57,6 +57,16 @@ class Shell(nn.Module):
                 f"initialized with, or initialize it anew; the feature axis is set by axis=..."
             )
 
+    def _check_updates(self: Any, slot: Slot) -> None:
+        """Without a count the statistics would pass for their starting values, and be dropped."""
+        if not self.has_variable(slot.collection, "updates"):
+            raise ValueError(
+                f"{self._who}: momentum={self.momentum}, debias={self.debias} weigh a batch by how "
+                f"many came before, but '{slot.collection}' has no 'updates', as in a checkpoint "
+                f"of Flax. Add it: jnp.full({slot.shape}, n, jnp.int32), with n the number of "
+                f"training steps so far, or 0 to start the statistics anew."
+            )
+
 
 class RunningStatsShell(Shell):
     """Linen modules with running statistics in the mutable collection `batch_stats`."""
@@ -99,7 +109,13 @@ class RunningStatsShell(Shell):
         x = checks.inexact_array(x, who)
         axes = self.feature_axes(x.ndim, who)
         features = tuple(x.shape[axis] for axis in axes)
-        values = self._declare(self.slots(features, precision.is_complex(x.dtype)))
+        slots = self.slots(features, precision.is_complex(x.dtype))
+        if not moves and not initializing:
+            # A checkpoint of Flax has no count of updates, and nothing here needs it.
+            slots.pop("updates", None)
+        if moves and not initializing and "updates" in slots:
+            self._check_updates(slots["updates"])
+        values = self._declare(slots)
         dtype = self.dtype
         if dtype is None:
             params = (values[name].dtype for name in ("scale", "bias") if name in values)
