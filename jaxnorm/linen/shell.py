@@ -94,22 +94,22 @@ class RunningStatsShell(Shell):
             Array of the shape of `x`.
         """
         who = self._who
-        self.check_options(who)
+        self._check_options(who)
         if self.use_running_average is not None and use_running_average is not None:
             raise ValueError(
                 f"{who}: use_running_average={self.use_running_average} was given to the "
                 f"constructor, and use_running_average={use_running_average} to the call. Give it "
                 f"once, at the call if it changes between training and inference."
             )
-        frozen, moves = self.mode(use_running_average, update_stats, who)
+        frozen, moves = self._mode(use_running_average, update_stats, who)
         initializing = self.is_initializing()
         if moves and not initializing and not self.is_mutable_collection("batch_stats"):
             raise StatsNotMutableError(who, "batch_stats")
 
         x = checks.inexact_array(x, who)
-        axes = self.feature_axes(x.ndim, who)
+        axes = self._feature_axes(x.ndim, who)
         features = tuple(x.shape[axis] for axis in axes)
-        slots = self.slots(features, precision.is_complex(x.dtype))
+        slots = self._slots(features, precision.is_complex(x.dtype))
         if not moves and not initializing:
             # A checkpoint of Flax has no count of updates, and nothing here needs it.
             slots.pop("updates", None)
@@ -120,7 +120,7 @@ class RunningStatsShell(Shell):
         if dtype is None:
             params = (values[name].dtype for name in ("scale", "bias") if name in values)
             dtype = precision.promote(x.dtype, *params)
-        y, changed = self.transform(
+        y, changed = self._transform(
             values,
             x,
             mask,

@@ -234,7 +234,7 @@ class BatchNorm:
     update_stats: bool = True
     skip_nonfinite: bool = False
 
-    def check_options(self, who: str) -> None:  # noqa: D102 (the protocol's)
+    def _check_options(self, who: str) -> None:
         check_averaging(self.momentum, self.debias, who)
         if self.running_var not in ("biased", "unbiased"):
             raise ValueError(
@@ -244,7 +244,7 @@ class BatchNorm:
         if self.axis_index_groups is not None and self.axis_name is None:
             devices(None, self.axis_index_groups, who)
 
-    def mode(
+    def _mode(
         self, use_running_average: bool | None, update_stats: bool | None, who: str
     ) -> tuple[bool, bool]:
         """Whether a call uses the running statistics and whether it moves them.
@@ -268,12 +268,10 @@ class BatchNorm:
             )
         return frozen, not frozen and (self.update_stats if update_stats is None else update_stats)
 
-    def feature_axes(self, ndim: int, who: str) -> tuple[int, ...]:  # noqa: D102
+    def _feature_axes(self, ndim: int, who: str) -> tuple[int, ...]:
         return ax.canonical_axes(self.axis, ndim, who)
 
-    def slots(  # noqa: D102
-        self, features: tuple[int, ...], is_complex: bool
-    ) -> dict[str, Slot]:
+    def _slots(self, features: tuple[int, ...], is_complex: bool) -> dict[str, Slot]:
         zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
         real = precision.promote(precision.real_dtype(self.param_dtype), jnp.float32)
         mean_dtype = precision.promote(real, jnp.complex64) if is_complex else real
@@ -289,7 +287,7 @@ class BatchNorm:
             slots["bias"] = Slot("params", features, self.param_dtype, self.bias_init)
         return slots
 
-    def transform(
+    def _transform(
         self,
         values: Values,
         x: jax.Array,

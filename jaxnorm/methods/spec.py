@@ -28,22 +28,22 @@ class Slot(NamedTuple):
 class Spec(Protocol):
     """A method that maps an activation to one of the same shape, with or without statistics."""
 
-    def check_options(self, who: str) -> None:
+    def _check_options(self, who: str) -> None:
         """Raises ValueError if options contradict each other."""
         ...
 
-    def feature_axes(self, ndim: int, who: str) -> tuple[int, ...]:
+    def _feature_axes(self, ndim: int, who: str) -> tuple[int, ...]:
         """The canonical feature axes of an input with `ndim` axes."""
         ...
 
-    def slots(self, features: tuple[int, ...], is_complex: bool) -> dict[str, Slot]:
+    def _slots(self, features: tuple[int, ...], is_complex: bool) -> dict[str, Slot]:
         """The variables by name, for these sizes along the feature axes and this kind of input.
 
         In the order in which Flax draws random keys for them.
         """
         ...
 
-    def transform(
+    def _transform(
         self,
         values: Values,
         x: jax.Array,

@@ -5,9 +5,10 @@ import dataclasses
 from flax import nnx
 
 from jaxnorm import methods
-from jaxnorm.nnx.shell import RunningStatsShell
+from jaxnorm.nnx.shell import RunningStatsShell, module
 
 
+@module
 class BatchNorm(methods.BatchNorm, RunningStatsShell):
     """Batch normalization; a drop-in for `flax.nnx.BatchNorm`.
 

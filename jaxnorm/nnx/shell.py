@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 from flax import nnx
@@ -12,25 +13,20 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core import checks, precision
 
+ClassT = TypeVar("ClassT", bound=type)
+
 _VARIABLE_TYPES = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
-class _DataclassModule(nnx.Module):
-    """Makes each subclass a dataclass that takes `num_features` and, by keyword only, the rest.
+def module(cls: ClassT) -> ClassT:
+    """Makes `cls` a dataclass that takes `num_features` and, by keyword only, the rest.
 
     A spec's fields may stand in any position, for Linen. In NNX a second position would invite
     `BatchNorm(6, nnx.Rngs(0))`, which must not pass for an option.
     """
-
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        dataclasses.dataclass(kw_only=True, repr=False, eq=False)(cls)
-        setattr(cls, "__init__", _with_one_position(cls.__init__))  # noqa: B010 (its type changes)
-
-
-def _with_one_position(initialize: Callable[..., None]) -> Any:
-    """`initialize` with every argument but self and the first by keyword only."""
+    cls = dataclasses.dataclass(kw_only=True, repr=False, eq=False)(cls)
+    initialize: Any = cls.__init__
 
     @functools.wraps(initialize)
     def init(self: Any, num_features: int | Sequence[int], **options: Any) -> None:
@@ -39,10 +35,12 @@ def _with_one_position(initialize: Callable[..., None]) -> Any:
     itself, features, *options = inspect.signature(initialize).parameters.values()
     options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
     vars(init)["__signature__"] = inspect.Signature([itself, features, *options])
-    return init
+    setattr(cls, "__init__", init)  # noqa: B010 (its type changes)
+    return cls
 
 
-class Shell(_DataclassModule):
+@dataclasses.dataclass(kw_only=True, repr=False, eq=False)
+class Shell(nnx.Module):
     """What all NNX modules of this library share.
 
     Args:
@@ -66,14 +64,23 @@ class Shell(_DataclassModule):
         scale_metadata: Mapping[str, Any] | None,
         bias_metadata: Mapping[str, Any] | None,
     ) -> None:
-        self.check_options(self._who)
+        self._check_options(self._who)
         metadata = {"scale": scale_metadata or {}, "bias": bias_metadata or {}}
-        for name in ("scale", "bias"):
-            setattr(self, name, nnx.data(None))
-        for name, (collection, shape, dtype, init) in self._slots().items():
+        self.scale, self.bias = nnx.data(None), nnx.data(None)
+        # NNX creates variables before it sees an input: the dtypes say whether it will be complex.
+        dtypes = (dtype for dtype in (self.dtype, self.param_dtype) if dtype is not None)
+        is_complex = any(precision.is_complex(dtype) for dtype in dtypes)
+        for name, (collection, shape, dtype, init) in self._slots(
+            self._features(), is_complex
+        ).items():
             key = rngs.params() if collection == "params" else None
             variable = _VARIABLE_TYPES[collection]
             setattr(self, name, variable(init(key, shape, dtype), **metadata.get(name, {})))
+        # Used once. Kept, an initializer would tell layers apart that are otherwise alike, and
+        # most are closures, which cannot be pickled.
+        for field in dataclasses.fields(self):
+            if field.name.endswith("_init"):
+                delattr(self, field.name)
 
     @property
     def _who(self: Any) -> str:
@@ -81,15 +88,13 @@ class Shell(_DataclassModule):
 
     def _features(self) -> tuple[int, ...]:
         sizes = self.num_features
-        return (sizes,) if isinstance(sizes, int) else tuple(sizes)
+        return tuple(sizes) if isinstance(sizes, Sequence) else (operator.index(sizes),)
 
-    def _slots(self: Any):
-        # NNX creates variables before it sees an input: the dtypes say whether it will be complex.
-        dtypes = [dtype for dtype in (self.dtype, self.param_dtype) if dtype is not None]
-        return self.slots(self._features(), any(precision.is_complex(dtype) for dtype in dtypes))
+    def _variables(self) -> dict[str, nnx.Variable]:
+        return {name: v for name, v in vars(self).items() if isinstance(v, nnx.Variable)}
 
     def _check_features(self: Any, x: jax.Array) -> None:
-        axes = self.feature_axes(x.ndim, self._who)
+        axes = self._feature_axes(x.ndim, self._who)
         found = tuple(x.shape[axis] for axis in axes)
         if found != self._features():
             raise ValueError(
@@ -100,6 +105,7 @@ class Shell(_DataclassModule):
             )
 
 
+@dataclasses.dataclass(kw_only=True, repr=False, eq=False)
 class RunningStatsShell(Shell):
     """NNX modules with running statistics in variables of type `nnx.BatchStat`."""
 
@@ -124,10 +130,10 @@ class RunningStatsShell(Shell):
         Returns:
             Array of the shape of `x`.
         """
-        frozen, moves = self.mode(use_running_average, update_stats, self._who)
+        frozen, moves = self._mode(use_running_average, update_stats, self._who)
         array = checks.inexact_array(x, self._who)
         self._check_features(array)
-        variables = {name: getattr(self, name) for name in self._slots()}
+        variables = self._variables()
         values = {name: variable[...] for name, variable in variables.items()}
         if self.promote_dtype is not None:
             array, values = self._promoted(array, values)
@@ -136,7 +142,7 @@ class RunningStatsShell(Shell):
             names = ("mean", "scale", "bias")
             dtypes = (values[name].dtype for name in names if name in values)
             dtype = precision.promote(array.dtype, *dtypes)
-        y, changed = self.transform(
+        y, changed = self._transform(
             values,
             array,
             mask,
