@@ -73,6 +73,15 @@ def test_each_step_is_a_partial_derivative(case):
     chex.assert_trees_all_close(steps.dmean, jax.grad(from_mean)(mean).squeeze(others), **close)
 
 
+def test_nothing_valid_leaves_the_elementwise_gradient():
+    x, dy, nothing = np.ones((4, 2)), np.arange(8.0).reshape(4, 2), np.zeros((4, 1), bool)
+    expected = jax.grad(lambda x: (jaxnorm.batch_norm(x, where=nothing)[0] * dy).sum())(x)
+    closed = jaxnorm.batch_norm_backward(dy, x, where=nothing)
+    steps = jaxnorm.batch_norm_backward_steps(dy, x, where=nothing)
+    for found in (closed, steps):
+        np.testing.assert_allclose(found.dx, expected, atol=1e-12)
+
+
 def test_the_misprints_are_told_apart():
     """The exponent -1/2 for the variance, or a root without epsilon, would fail here."""
     case = CASES[0]

@@ -89,7 +89,7 @@ def everything(function, x, scale, bias):
 
 @pytest.mark.parametrize("mask", masks())
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_devices_together_are_one(x64, arrays, context, mask):
+def test_devices_together_are_one(x64, quick_compile, arrays, context, mask):
     mask = masks()[mask]
     together = CONTEXTS[context](partial(normalize, axis_name="d"), mask)
     alone = partial(normalize, where=mask)
@@ -99,7 +99,7 @@ def test_devices_together_are_one(x64, arrays, context, mask):
 
 @pytest.mark.parametrize("mask", ["no mask", "per feature"])
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_groups_of_devices_are_batches_of_their_own(x64, arrays, context, mask):
+def test_groups_of_devices_are_batches_of_their_own(x64, quick_compile, arrays, context, mask):
     """Groups of different sizes, also where JAX has no collective over groups."""
     mask = masks()[mask]
 
@@ -122,7 +122,7 @@ def test_groups_of_devices_are_batches_of_their_own(x64, arrays, context, mask):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_several_names_at_once(x64, arrays, check_vma):
+def test_several_names_at_once(x64, quick_compile, arrays, check_vma):
     mask = masks()["a device with none"]
     names = ("a", "b")
     together = by_shard_map(
@@ -140,6 +140,30 @@ def test_sharded_arrays_under_jit_need_no_name(x64, arrays):
     function = jax.jit(lambda *a: everything(partial(normalize, where=None), *a))
     expected = function(x, scale, bias)
     chex.assert_trees_all_close(function(sharded, scale, bias), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("spec", [P("a", "b"), P(None, "b"), P(("a", "b"))], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_explicit_mesh_axes_under_jit(arrays, spec, masked):
+    """Also with features on several devices, where shapes alone would not make arrays match."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    x = jnp.asarray(np.concatenate([arrays[0]] * 2, 1)[:, :4], jnp.float32)
+    where = jnp.arange(len(x))[:, None] % 3 > 0 if masked else None
+    start = jaxnorm.Stats(jnp.zeros(4), jnp.ones(4))
+
+    def step(x, where):
+        def loss(x):
+            y, seen = jaxnorm.batch_norm(x, where=where)
+            return jnp.sin(y).sum(), (y, seen)
+
+        gradient, (y, seen) = jax.grad(loss, has_aux=True)(x)
+        return y, gradient, jaxnorm.update_running(start, seen)[0]
+
+    expected = step(x, where)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, jax.NamedSharding(mesh, spec))
+        found = jax.tree.map(np.asarray, jax.jit(step)(sharded, where))
+    chex.assert_trees_all_close(found, jax.tree.map(np.asarray, expected), rtol=1e-4, atol=1e-5)
 
 
 def test_large_means_on_many_devices():

@@ -143,6 +143,19 @@ def test_merge_and_pool_agree_on_stacked_evidence():
     chex.assert_trees_all_close(jaxnorm.pool(stacked, axes=0), whole, rtol=1e-5)
 
 
+@pytest.mark.parametrize("features", [2, 3])
+def test_a_count_given_by_hand_may_be_one_number(features):
+    """Two parts with two features: the count must not be taken for one of the features."""
+    parts = [
+        jaxnorm.Moments(count, jnp.full(features, mean), jnp.zeros(features))
+        for count, mean in ((1.0, 0.0), (jnp.float32(3), 4.0))
+    ]
+    together = jaxnorm.merge(*parts)
+    chex.assert_trees_all_equal(
+        together, jaxnorm.Moments(*(jnp.full(features, value) for value in (4.0, 3.0, 3.0)))
+    )
+
+
 def test_an_average_of_estimates_is_not_a_merge():
     apart = [jaxnorm.Moments(*(jnp.array(v) for v in (1.0, mean, 1.0))) for mean in (0.0, 2.0)]
     assert jaxnorm.merge(*apart).var == 2

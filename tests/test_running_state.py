@@ -254,6 +254,7 @@ def test_nnx_view_freezes_statistics():
     y = nnx.view(layer, update_stats=False)(x)
     np.testing.assert_allclose(y, oracle(x)[0], rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_equal(nnx.state(layer), before)
+    assert "update_stats: bool | None = None\n    " in nnx.view_info(layer)
     layer(x)
     assert not np.array_equal(layer.mean[...], before["mean"][...])
 

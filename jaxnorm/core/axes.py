@@ -29,10 +29,8 @@ def canonical_axes(
         ) from None
     for axis in given:
         if not -ndim <= axis < ndim:
-            allowed = f"Use a value from {-ndim} to {ndim - 1}." if ndim else "Add a feature axis."
-            raise ValueError(
-                f"{who}: {what}={axis} is out of range for an input with {ndim} axes. {allowed}"
-            )
+            fix = f"Use a value from {-ndim} to {ndim - 1}." if ndim else "Add an axis: x[None]."
+            raise ValueError(f"{who}: {what}={axis} is out of range for {ndim} axes. {fix}")
     positive = sorted(axis % ndim for axis in given)
     if len(set(positive)) != len(positive):
         raise ValueError(

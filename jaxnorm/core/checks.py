@@ -25,7 +25,42 @@ def inexact_array(x: ArrayLike, who: str) -> jax.Array:
             f"{who}: the input is {x.dtype}{list(x.shape)}, but statistics need floating point or "
             f"complex numbers. Convert it first: x.astype(jnp.float32)."
         )
+    if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 16:
+        raise TypeError(
+            f"{who}: the input is {x.dtype}{list(x.shape)}, too narrow to compute with. "
+            f"Widen it first: x.astype(jnp.bfloat16)."
+        )
     return x
+
+
+def number(epsilon: float, who: str) -> float:
+    """`epsilon` as a Python number.
+
+    Raises:
+        TypeError: it is no number, or is traced, so that its value is not known.
+        ValueError: it is negative or NaN.
+    """
+    try:
+        epsilon = float(epsilon)
+    except (TypeError, ValueError) as error:  # what JAX raises on tracers is a TypeError
+        raise TypeError(
+            f"{who}: epsilon={epsilon!r} must be a number that is known when the function is "
+            f"traced. Use epsilon=1e-5, or add what varies to the variance yourself."
+        ) from error
+    if not epsilon >= 0:
+        raise ValueError(
+            f"{who}: epsilon={epsilon} is added to a variance and must be 0 or more. "
+            f"Use epsilon=1e-5."
+        )
+    return epsilon
+
+
+def of_kind(kind: type, value: object, who: str, fix: str) -> None:
+    """Raises TypeError unless `value` is of `kind`: evidence and estimates are easily confused."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{who}: needs jaxnorm.{kind.__name__}, found {type(value).__name__}. {fix}"
+        )
 
 
 def boolean_mask(where: ArrayLike | None, shape: tuple[int, ...], who: str) -> jax.Array | None:
@@ -55,11 +90,12 @@ def boolean_mask(where: ArrayLike | None, shape: tuple[int, ...], who: str) -> j
         fix = (
             f"Add the missing axes: mask[{', '.join(['...'] + ['None'] * missing)}]."
             if missing > 0 and leading
-            else f"Give it {len(shape)} axes, each of the input's size or 1."
+            else f"For one value per example: mask of shape "
+            f"{(*shape[:1], *(1 for _ in shape[1:]))}."
         )
         raise ValueError(
-            f"{who}: a mask of shape {where.shape} does not broadcast to an input of shape "
-            f"{shape}. {fix}"
+            f"{who}: a mask of shape {where.shape} does not fit an input of shape {shape}: it "
+            f"needs as many axes, each of the input's size or 1. {fix}"
         )
     return where.astype(jnp.bool_)
 

@@ -64,8 +64,8 @@ def devices(
     if axis_name is None:
         if axis_index_groups is not None:
             raise ValueError(
-                f"{who}: axis_index_groups={axis_index_groups} needs the mapped axis whose indices "
-                f"it groups. Set axis_name, for example axis_name='batch'."
+                f"{who}: axis_index_groups={_lists(axis_index_groups)} needs the mapped axis "
+                f"whose indices it groups. Set axis_name, for example axis_name='batch'."
             )
         return None
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
@@ -88,11 +88,16 @@ def _check_bound(name: str, who: str) -> None:
         ) from error
 
 
+def _lists(groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    """As users write them; Flax makes tuples of them."""
+    return [list(group) for group in groups]
+
+
 def _group_of(groups: Sequence[Sequence[int]], size: int, who: str) -> tuple[int, ...]:
     members = [int(index) for group in groups for index in group]
     if sorted(members) != list(range(size)):
         raise ValueError(
-            f"{who}: axis_index_groups={[list(group) for group in groups]} must name each index "
+            f"{who}: axis_index_groups={_lists(groups)} must name each index "
             f"from 0 to {size - 1} exactly once, since {size} devices are mapped. For pairs use "
             f"{[[i, i + 1] if i + 1 < size else [i] for i in range(0, size, 2)]}."
         )

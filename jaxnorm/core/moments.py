@@ -77,7 +77,7 @@ class Moments:
             >>> float(evidence.stats().var), round(float(evidence.stats(ddof=1).var), 3)
             (3.5, 4.667)
         """
-        known = self.count > ddof
+        known = jnp.asarray(self.count) > ddof
         correction = self.count * reciprocal(self.count - ddof) if ddof else jnp.ones_like(self.var)
         return Stats(
             mean=jnp.where(known, self.mean, jnp.zeros_like(self.mean)),
@@ -219,7 +219,8 @@ def moments_keeping_axes(
     zero = jnp.zeros((1,) * x.ndim, precision.real_dtype(x.dtype))
     count = 1.0 if where is None else where.astype(zero.dtype)
     count, mean, var = pooled(count, x, zero, elements(x.shape, axes, over))
-    return Moments(jnp.broadcast_to(jnp.asarray(count, var.dtype), var.shape), mean, var)
+    # Added to zeros of the variance, the count has its shape, and its sharding on explicit meshes.
+    return Moments(jnp.zeros_like(var) + jnp.asarray(count, var.dtype), mean, var)
 
 
 def moments(
@@ -313,12 +314,26 @@ def pool(
     """
     who = "pool"
     over = devices(axis_name, axis_index_groups, who)
-    together = jax.tree.map(jnp.asarray, stacked)
+    together = _full(stacked, who)
     if axes is not None:
         axes = ax.canonical_axes(axes, together.mean.ndim, who, "axes")
         together = _pooled_arrays(together, AlongAxes(together.mean.shape, axes))
         together = jax.tree.map(lambda leaf: leaf.squeeze(axes), together)
     return together if over is None else _pooled_arrays(together, over)
+
+
+def _full(evidence: Moments, who: str) -> Moments:
+    """Arrays of one shape: a count given by hand may be one number for all features."""
+    checks.of_kind(
+        Moments, evidence, who, "Evidence comes from jaxnorm.moments(x, axes); Stats have no count."
+    )
+    mean = jnp.asarray(evidence.mean)
+    real = precision.real_dtype(mean.dtype)
+    count, var = (
+        jnp.broadcast_to(jnp.asarray(leaf, real), mean.shape)
+        for leaf in (evidence.count, evidence.var)
+    )
+    return Moments(count, mean, var)
 
 
 def _pooled_arrays(evidence: Moments, parts: Parts) -> Moments:
@@ -336,6 +351,7 @@ def merge(*parts: Moments) -> Moments:
         `Moments` of that shape. The order of `parts` matters only by rounding.
 
     Raises:
+        TypeError: a part is no `Moments`.
         ValueError: no evidence, or of different shapes.
 
     Example:
@@ -346,7 +362,8 @@ def merge(*parts: Moments) -> Moments:
         >>> float(together.count), float(together.mean), float(together.var)
         (4.0, 3.0, 4.5)
     """
-    shapes = {jnp.shape(part.mean) for part in parts}
+    parts = tuple(_full(part, "merge") for part in parts)
+    shapes = {part.mean.shape for part in parts}
     if len(shapes) != 1:
         found = f"found the shapes {sorted(shapes)}" if parts else "found none"
         raise ValueError(

@@ -1,6 +1,7 @@
 """`normalize`: the whole chain from evidence to result, for any choice of axes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,9 @@ def normalize(
     scale = feature_along(scale, x.shape, axis, who, "scale")
     bias = feature_along(bias, x.shape, axis, who, "bias")
     over = devices(axis_name, axis_index_groups, who)
-    plan = Plan(axes, _epsilon(epsilon, who), over, _dtype(dtype, x, scale, bias, who))
+    plan = Plan(
+        axes, checks.number(epsilon, who), over, _dtype(dtype, result_dtype(x, scale, bias), who)
+    )
     y, evidence = normalize_fused(plan, x, scale, bias, where)
     return y, jax.tree.map(lambda leaf: leaf.squeeze(axes), evidence)
 
@@ -106,28 +109,13 @@ def normalize_with_stats(
     stats = stats_along(stats, x.shape, axis, who)
     scale = feature_along(scale, x.shape, axis, who, "scale")
     bias = feature_along(bias, x.shape, axis, who, "bias")
-    dtype = _dtype(dtype, x, scale, bias, who)
-    plan = Plan(ax.other_axes(axis, x.ndim), _epsilon(epsilon, who), None, dtype)
+    dtype = _dtype(dtype, result_dtype(x, stats.mean, scale, bias), who)
+    plan = Plan(ax.other_axes(axis, x.ndim), checks.number(epsilon, who), None, dtype)
     return normalize_by(plan, x, stats, scale, bias, where)
 
 
-def _epsilon(epsilon: float, who: str) -> float:
-    if not epsilon >= 0:
-        raise ValueError(
-            f"{who}: epsilon={epsilon} is added to a variance and must not be negative. "
-            f"Use epsilon=1e-5."
-        )
-    return float(epsilon)
-
-
-def _dtype(
-    dtype: DTypeLike | None,
-    x: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    who: str,
-):
-    computed = result_dtype(x, scale, bias)
+def _dtype(dtype: DTypeLike | None, computed: Any, who: str) -> Any:
+    """The dtype of the result, which is `computed` unless `dtype` asks for another."""
     if dtype is None:
         return computed
     if not jnp.issubdtype(dtype, jnp.inexact):

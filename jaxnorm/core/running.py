@@ -10,13 +10,18 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
+from jaxnorm.core import checks
 from jaxnorm.core.moments import Moments, Stats
 
 
-def _blend(old: Stats, new: Stats, keep: ArrayLike, take: ArrayLike) -> Stats:
+def _blend(old: Stats, new: Stats, keep: ArrayLike, take: ArrayLike, who: str) -> Stats:
     """`keep * old + take * new`, in the dtypes of `old`."""
+    for stats in (old, new):
+        checks.of_kind(Stats, stats, who, "Of evidence, take the estimate: moments.stats().")
+    _same_shape(new.mean, old.mean, "an estimate", who)
 
     def step(old_leaf: jax.Array, new_leaf: jax.Array) -> jax.Array:
         old_leaf = jnp.asarray(old_leaf)
@@ -45,7 +50,8 @@ def ema(old: Stats, new: Stats, momentum: ArrayLike) -> Stats:
         >>> jaxnorm.ema(old, new, momentum=0.75).var.tolist()
         [1.5]
     """
-    return _blend(old, new, momentum, 1 - momentum)
+    check_averaging(momentum, False, "ema")
+    return _blend(old, new, momentum, 1 - momentum, "ema")
 
 
 def debiased_ema(old: Stats, new: Stats, momentum: ArrayLike, updates: ArrayLike) -> Stats:
@@ -74,11 +80,12 @@ def debiased_ema(old: Stats, new: Stats, momentum: ArrayLike, updates: ArrayLike
     Source:
         Kingma & Ba 2015, "Adam" (arXiv:1412.6980), section 3, for the correction.
     """
+    check_averaging(momentum, True, "debiased_ema")
     # (1 - momentum) / (1 - momentum^t) by expm1: at momentum .99 plain differences lose two digits.
     log_momentum = jnp.log(jnp.asarray(momentum, old.var.dtype))
     batches = jnp.asarray(updates, old.var.dtype) + 1
     take = jnp.expm1(log_momentum) / jnp.expm1(batches * log_momentum)
-    return _blend(old, new, 1 - take, take)
+    return _blend(old, new, 1 - take, take, "debiased_ema")
 
 
 def cumulative_average(old: Stats, new: Stats, updates: ArrayLike) -> Stats:
@@ -100,7 +107,7 @@ def cumulative_average(old: Stats, new: Stats, updates: ArrayLike) -> Stats:
         [4.0]
     """
     take = 1 / (jnp.asarray(updates, old.var.dtype) + 1)
-    return _blend(old, new, 1 - take, take)
+    return _blend(old, new, 1 - take, take, "cumulative_average")
 
 
 def bessel(stats: Stats, count: ArrayLike) -> Stats:
@@ -123,6 +130,9 @@ def bessel(stats: Stats, count: ArrayLike) -> Stats:
     Source:
         Ioffe & Szegedy 2015 (arXiv:1502.03167), Algorithm 2, step 10: m / (m - 1).
     """
+    checks.of_kind(Stats, stats, "bessel", "Of evidence, use moments.stats(ddof=1).")
+    if jnp.ndim(count) > 0:
+        _same_shape(count, stats.var, "a count", "bessel")
     count = jnp.broadcast_to(jnp.asarray(count, stats.var.dtype), stats.var.shape)
     return Stats(stats.mean, Moments(count, stats.mean, stats.var).stats(ddof=1).var)
 
@@ -169,12 +179,12 @@ def update_running(
         Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3.1.
     """
     check_averaging(momentum, debias, "update_running")
-    if jnp.shape(batch.mean) != jnp.shape(old.mean):
-        raise ValueError(
-            f"update_running: evidence of shape {jnp.shape(batch.mean)} cannot move running "
-            f"statistics of shape {jnp.shape(old.mean)}. Take it over the other axes: "
-            f"jaxnorm.moments(x, axes)."
-        )
+    checks.of_kind(Stats, old, "update_running", "Start at Stats(jnp.zeros(n), jnp.ones(n)).")
+    checks.of_kind(Moments, batch, "update_running", "Take it from jaxnorm.moments(x, axes).")
+    _same_shape(batch.mean, old.mean, "evidence", "update_running")
+    if updates is not None:
+        updates = jnp.asarray(updates)
+        _same_shape(updates, old.mean, "a count of updates", "update_running")
     moved = batch.count > ddof
     if skip_nonfinite:
         moved &= jnp.isfinite(batch.mean).all() & jnp.isfinite(batch.var).all()
@@ -196,6 +206,15 @@ def update_running(
     return jax.tree.map(partial(jnp.where, moved), blended, old), counted
 
 
+def _same_shape(found: ArrayLike, expected: ArrayLike, what: str, who: str) -> None:
+    if jnp.shape(found) != jnp.shape(expected):
+        raise ValueError(
+            f"{who}: {what} of shape {jnp.shape(found)} does not fit running statistics of shape "
+            f"{jnp.shape(expected)}. Give both one entry per feature: "
+            f"jaxnorm.moments(x, axes) over all other axes, updates=jnp.zeros(features, jnp.int32)."
+        )
+
+
 def check_averaging(momentum: ArrayLike | None, debias: bool, who: str) -> None:
     """Raises ValueError if the options of a running average contradict each other."""
     if momentum is None:
@@ -205,7 +224,7 @@ def check_averaging(momentum: ArrayLike | None, debias: bool, who: str) -> None:
                 f"Drop debias=True, or set momentum=0.99."
             )
         return
-    if isinstance(momentum, (int, float)):
+    if isinstance(momentum, (int, float, np.generic)):
         if not 0 <= momentum <= 1:
             raise ValueError(
                 f"{who}: momentum={momentum} is the weight of the old value and must lie from 0 "

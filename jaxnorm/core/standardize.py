@@ -89,10 +89,10 @@ def standardize(
         epsilon: added to the variance, inside the root.
 
     Returns:
-        Array of the shape and dtype of `x`.
+        Array of the shape and dtype of `x`, complex if the mean is.
 
     Raises:
-        TypeError: `x` is neither floating point nor complex.
+        TypeError: `x` is neither floating point nor complex, or `stats` are no `Stats`.
         ValueError: axes out of range or named twice, statistics of another shape.
 
     Numerics:
@@ -108,8 +108,9 @@ def standardize(
     who = "standardize"
     x = checks.inexact_array(x, who)
     axes = ax.canonical_axes(axes, x.ndim, who, "axes")
+    epsilon = checks.number(epsilon, who)
     stats = stats_along(stats, x.shape, ax.other_axes(axes, x.ndim), who, "axes")
-    return apply_stats(x, stats, epsilon).astype(x.dtype)
+    return apply_stats(x, stats, epsilon).astype(result_dtype(x, stats.mean))
 
 
 def affine(
@@ -165,6 +166,8 @@ def stats_along(
     stats: Stats, shape: tuple[int, ...], axis: tuple[int, ...], who: str, argument: str = "axis"
 ) -> Stats:
     """Checked statistics, laid along the feature `axis` of an input of `shape`."""
+    fix = "Take the estimate from the evidence: moments.stats()."
+    checks.of_kind(Stats, stats, who, fix if isinstance(stats, Moments) else "Stats(mean, var).")
     mean = feature_along(stats.mean, shape, axis, who, "the mean", argument)
     var = feature_along(stats.var, shape, axis, who, "the variance", argument)
     assert mean is not None

@@ -34,11 +34,11 @@ class Shell(nn.Module):
         path = "/".join(self.path)
         return f"{type(self).__name__} '{path}'" if path else type(self).__name__
 
-    def _declare(self: Any, slots: dict[str, Slot]) -> dict[str, Any]:
+    def _declare(self: Any, slots: dict[str, Slot], found_in_input: str) -> dict[str, Any]:
         """Creates or finds the variables of `slots`; returns their values by name."""
         values = {}
         for name, (collection, shape, dtype, init) in slots.items():
-            self._check_shape(collection, name, shape)
+            self._check_shape(collection, name, shape, found_in_input)
             if collection == "params":
                 values[name] = self.param(name, init, shape, dtype)
             else:
@@ -46,15 +46,17 @@ class Shell(nn.Module):
                 values[name] = cell.value
         return values
 
-    def _check_shape(self: Any, collection: str, name: str, shape: tuple[int, ...]) -> None:
+    def _check_shape(
+        self: Any, collection: str, name: str, shape: tuple[int, ...], found_in_input: str
+    ) -> None:
         if not self.has_variable(collection, name):
             return
         found = jnp.shape(nn.unbox(self.get_variable(collection, name)))
         if found != shape:
             raise ValueError(
-                f"{self._who}: '{name}' in '{collection}' was created with shape {found}, but the "
-                f"input has features of shape {shape}. Give the layer the kind of input it was "
-                f"initialized with, or initialize it anew; the feature axis is set by axis=..."
+                f"{self._who}: '{name}' in '{collection}' was created with shape {found}, but "
+                f"{found_in_input}, which needs shape {shape}. Give the layer the kind of input it "
+                f"was initialized with, or initialize it anew; the feature axis is set by axis=..."
             )
 
     def _check_updates(self: Any, slot: Slot) -> None:
@@ -87,6 +89,7 @@ class RunningStatsShell(Shell):
             use_running_average: True for inference, False for training; here or in the constructor,
                 not both.
             mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
+                Masked elements are normalized too, see `jaxnorm.normalize`.
             update_stats: whether training moves the running statistics; None for the constructor's
                 choice. False needs no mutable collection.
 
@@ -115,7 +118,8 @@ class RunningStatsShell(Shell):
             slots.pop("updates", None)
         if moves and not initializing and "updates" in slots:
             self._check_updates(slots["updates"])
-        values = self._declare(slots)
+        found = f"the input of shape {x.shape} has {checks.describe_features(x.shape, axes)}"
+        values = self._declare(slots, found)
         dtype = self.dtype
         if dtype is None:
             params = (values[name].dtype for name in ("scale", "bias") if name in values)

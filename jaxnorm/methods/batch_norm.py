@@ -171,8 +171,10 @@ class BatchNorm:
 
     Variables, each with one entry per feature: `scale` and `bias` in `params`; `mean` and `var` in
     `batch_stats` (NNX: `nnx.Param`, `nnx.BatchStat`), and `updates`, int32, if `debias` is set or
-    `momentum` is None. Statistics are float32, float64 if `param_dtype` is; the mean is complex if
-    the input is. They never change dtype or structure, and no gradient flows into them.
+    `momentum` is None; a checkpoint of Flax has none, so add it to go on training with these
+    options. With several feature axes the shapes are in increasing order of axes. Statistics are
+    float32, float64 if `param_dtype` is; the mean is complex if the input is. They never change
+    dtype or structure, and no gradient flows into them.
 
     Args:
         use_running_average: True normalizes by the running statistics (inference), False by the
@@ -199,8 +201,9 @@ class BatchNorm:
             variance.
 
     Raises:
-        TypeError: integer input; a floating point mask; a result that `dtype` cannot hold; complex
-            input for real statistics; statistics stored in less than float32.
+        TypeError: integer input; a floating point mask; an epsilon that is no number; a result that
+            `dtype` cannot hold; complex input for real statistics; statistics stored in less than
+            float32.
         ValueError: contradicting options, missing `use_running_average`, an input or a mask of the
             wrong shape, axes out of range or named twice.
         NameError: `axis_name` is not bound.
@@ -210,9 +213,12 @@ class BatchNorm:
 
     Differs:
         From Flax: the variance keeps its digits at large means; devices and masks are weighted by
-        counts; a mask needs the rank of the input; NaN under the mask does no harm; float64 and
-        complex input do not change the dtype of the statistics; integers are refused. From the
-        paper: the running variance is biased by default, as in Flax.
+        counts; NaN under the mask does no harm; float64 and complex input do not change the dtype
+        of the statistics; the gradient by running statistics is 0, also in inference (differentiate
+        `batch_norm_inference` for it). Refused where Flax guesses: integer input, masks that are
+        floating point or lack axes, an axis named twice, a momentum outside 0 to 1, an epsilon that
+        is traced. Training on one value per feature warns. From the paper: the running variance is
+        biased by default, as in Flax.
     """
 
     use_running_average: bool | None = None
@@ -367,6 +373,5 @@ def _check_width(stats: Stats, who: str) -> None:
         if jnp.finfo(leaf.dtype).bits < 32:
             raise TypeError(
                 f"{who}: the running {name} is stored as {leaf.dtype}, in which a moving average "
-                f"stops moving. Store statistics in float32: "
-                f"jax.tree.map(lambda leaf: leaf.astype(jnp.float32), batch_stats)."
+                f"stops moving. Store the statistics in float32: {name}.astype(jnp.float32)."
             )

@@ -102,16 +102,17 @@ def batch_norm_backward_steps(
         Circulating copies print the exponent of the variance's equation as -1/2, or leave epsilon
         out under the root of the mean's. Both are as the derivation gives them here.
     """
-    dy, x, scale, axis, valid = _checked(dy, x, scale, axis, where, "batch_norm_backward_steps")
+    who = "batch_norm_backward_steps"
+    dy, x, scale, axis, valid = _checked(dy, x, scale, axis, where, who)
+    epsilon = checks.number(epsilon, who)
     over = ax.other_axes(axis, x.ndim)
 
     def sums(value: jax.Array) -> jax.Array:
         return value.sum(over, keepdims=True)
 
-    m = sums(valid)
-    mean = sums(valid * x) / m
+    m, mean, var = _statistics(x, valid, over)
     centred = x - mean
-    power = sums(valid * centred**2) / m + epsilon  # var + epsilon
+    power = var + epsilon
     xhat = centred * power**-0.5
 
     dxhat = dy * scale
@@ -168,17 +169,29 @@ def batch_norm_backward(
     Source:
         Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3, simplified.
     """
-    dy, x, scale, axis, valid = _checked(dy, x, scale, axis, where, "batch_norm_backward")
+    who = "batch_norm_backward"
+    dy, x, scale, axis, valid = _checked(dy, x, scale, axis, where, who)
+    epsilon = checks.number(epsilon, who)
     over = ax.other_axes(axis, x.ndim)
-    m = valid.sum(over, keepdims=True)
-    mean = (valid * x).sum(over, keepdims=True) / m
-    rstd = ((valid * (x - mean) ** 2).sum(over, keepdims=True) / m + epsilon) ** -0.5
+    m, mean, var = _statistics(x, valid, over)
+    rstd = (var + epsilon) ** -0.5
     xhat = (x - mean) * rstd
 
     dbias = dy.sum(over, keepdims=True)
     dscale = (dy * xhat).sum(over, keepdims=True)
     dx = scale * rstd * (dy - valid * (dbias + xhat * dscale) / m)
     return BackwardResult(dx, dscale.squeeze(over), dbias.squeeze(over))
+
+
+def _statistics(
+    x: jax.Array, valid: jax.Array, over: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """m, mean and variance; without valid values 1, 0 and 1, since nothing then depends on x."""
+    count = valid.sum(over, keepdims=True)
+    m = jnp.maximum(count, 1)
+    mean = (valid * x).sum(over, keepdims=True) / m
+    var = (valid * (x - mean) ** 2).sum(over, keepdims=True) / m
+    return m, mean, jnp.where(count > 0, var, 1)
 
 
 def _checked(

@@ -124,6 +124,7 @@ class RunningStatsShell(Shell):
             use_running_average: True for inference, False for training; None for the layer's
                 choice, which `train()`, `eval()` and `nnx.view` set.
             mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
+                Masked elements are normalized too, see `jaxnorm.normalize`.
             update_stats: whether training moves the running statistics; None for the layer's
                 choice.
 
@@ -166,7 +167,13 @@ class RunningStatsShell(Shell):
     def set_view(
         self: Any, use_running_average: bool | None = None, update_stats: bool | None = None
     ) -> None:
-        """What `nnx.view(model, ...)` calls to change these options of all layers of a model."""
+        """Changes options; `nnx.view(model, ...)` calls it for all layers of a model.
+
+        Args:
+          use_running_average: True for inference, False for training; None leaves it as it is.
+          update_stats: whether training moves the running statistics; None leaves it as it is.
+        """
+        # Indented by two in "Args": `nnx.view_info` reads no other width.
         if use_running_average is not None:
             self.use_running_average = use_running_average
         if update_stats is not None:
