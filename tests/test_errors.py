@@ -12,7 +12,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import errors
+from flax import errors, nnx
 from mistakes import DOORS, KEY, MISTAKES_AT_DOORS, SHAPE, Call, Row
 
 import jaxnorm
@@ -28,7 +28,8 @@ def stats_of(*shape):
 
 X = jnp.zeros(SHAPE)
 
-ROWS = MISTAKES_AT_DOORS + [
+ROWS = [
+    *MISTAKES_AT_DOORS,
     Row(
         "debiased average of a checkpoint without a count",
         lambda: jaxnorm.linen.BatchNorm(use_running_average=False, debias=True).apply(

@@ -44,8 +44,7 @@ def test_linen_steps_train():
             return nn.Dense(2)(jaxnorm.linen.BatchNorm(use_running_average=not train)(x))
 
     model = Network()
-    variables = model.init(jax.random.key(1), x, train=False)
-    state = steps["TrainState"].create(apply_fn=model.apply, tx=optax.sgd(0.5), **variables)
+    state = steps["create_state"](model, jax.random.key(1), x, optax.sgd(0.5))
     before = state.batch_stats
     losses = []
     for _ in range(30):
