@@ -265,8 +265,8 @@ def moments(
         ([2.0, 2.0], [2.0, 20.0], [1.0, 100.0])
 
     Source:
-        Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", equation 2.1
-        for the merge.
+        Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", for the merge
+        of two parts.
     """
     who = "moments"
     x = checks.inexact_array(x, who)

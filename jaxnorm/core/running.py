@@ -43,6 +43,10 @@ def ema(old: Stats, new: Stats, momentum: ArrayLike) -> Stats:
     Returns:
         `Stats` with the shapes and dtypes of `old`.
 
+    Raises:
+        TypeError: `old` or `new` is no `Stats`.
+        ValueError: they differ in shape; a momentum outside 0 to 1.
+
     Example:
         >>> import jax.numpy as jnp, jaxnorm
         >>> old = jaxnorm.Stats(mean=jnp.zeros(1), var=jnp.ones(1))
@@ -68,6 +72,10 @@ def debiased_ema(old: Stats, new: Stats, momentum: ArrayLike, updates: ArrayLike
 
     Returns:
         `Stats` with the shapes and dtypes of `old`.
+
+    Raises:
+        TypeError: `old` or `new` is no `Stats`.
+        ValueError: they differ in shape; a momentum outside 0 to below 1.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
@@ -99,6 +107,10 @@ def cumulative_average(old: Stats, new: Stats, updates: ArrayLike) -> Stats:
     Returns:
         `Stats` with the shapes and dtypes of `old`.
 
+    Raises:
+        TypeError: `old` or `new` is no `Stats`.
+        ValueError: they differ in shape.
+
     Example:
         >>> import jax.numpy as jnp, jaxnorm
         >>> old = jaxnorm.Stats(mean=jnp.full(1, 2.0), var=jnp.ones(1))
@@ -120,6 +132,10 @@ def bessel(stats: Stats, count: ArrayLike) -> Stats:
     Returns:
         `Stats` with the variance times count / (count - 1), and variance 1 where `count` is not
         above 1, since a single value tells nothing of the spread.
+
+    Raises:
+        TypeError: `stats` is no `Stats`.
+        ValueError: the count has another shape.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
@@ -165,7 +181,8 @@ def update_running(
         were given). Entries without evidence, whose count does not exceed `ddof`, do not move.
 
     Raises:
-        ValueError: contradicting options, or evidence of another shape.
+        TypeError: `old` is no `Stats`, or `batch` no `Moments`.
+        ValueError: contradicting options, or evidence or counts of another shape.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
