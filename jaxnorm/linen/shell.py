@@ -113,11 +113,12 @@ class RunningStatsShell(Shell):
         axes = self._feature_axes(x.ndim, who)
         features = tuple(x.shape[axis] for axis in axes)
         slots = self._slots(features, precision.is_complex(x.dtype))
-        if not moves and not initializing:
-            # A checkpoint of Flax has no count of updates, and nothing here needs it.
-            slots.pop("updates", None)
-        if moves and not initializing and "updates" in slots:
-            self._check_updates(slots["updates"])
+        if not initializing and "updates" in slots:
+            # A checkpoint of Flax has no count of updates: inference does without.
+            if moves:
+                self._check_updates(slots["updates"])
+            else:
+                del slots["updates"]
         found = f"the input of shape {x.shape} has {checks.describe_features(x.shape, axes)}"
         values = self._declare(slots, found)
         dtype = self.dtype
