@@ -16,7 +16,8 @@ def inexact_array(x: ArrayLike, who: str) -> jax.Array:
     """`x` as an array of floating point or complex numbers.
 
     Raises:
-        TypeError: `x` holds integers or booleans, whose statistics would be rounded.
+        TypeError: `x` holds integers or booleans, whose statistics would be rounded, or floating
+            point numbers of 8 bits, which JAX does not promote.
     """
     # A JAX array is left alone: under jax_debug_nans even a conversion to itself raises on NaN.
     x = x if isinstance(x, jax.Array) else jnp.asarray(x)
@@ -33,7 +34,7 @@ def inexact_array(x: ArrayLike, who: str) -> jax.Array:
     return x
 
 
-def number(epsilon: float, who: str) -> float:
+def static_epsilon(epsilon: float, who: str) -> float:
     """`epsilon` as a Python number.
 
     Raises:

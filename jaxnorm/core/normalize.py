@@ -84,7 +84,10 @@ def normalize(
     bias = feature_along(bias, x.shape, axis, who, "bias")
     over = devices(axis_name, axis_index_groups, who)
     plan = Plan(
-        axes, checks.number(epsilon, who), over, _dtype(dtype, result_dtype(x, scale, bias), who)
+        axes,
+        checks.static_epsilon(epsilon, who),
+        over,
+        _dtype(dtype, result_dtype(x, scale, bias), who),
     )
     y, evidence = normalize_fused(plan, x, scale, bias, where)
     return y, jax.tree.map(lambda leaf: leaf.squeeze(axes), evidence)
@@ -110,7 +113,7 @@ def normalize_with_stats(
     scale = feature_along(scale, x.shape, axis, who, "scale")
     bias = feature_along(bias, x.shape, axis, who, "bias")
     dtype = _dtype(dtype, result_dtype(x, stats.mean, scale, bias), who)
-    plan = Plan(ax.other_axes(axis, x.ndim), checks.number(epsilon, who), None, dtype)
+    plan = Plan(ax.other_axes(axis, x.ndim), checks.static_epsilon(epsilon, who), None, dtype)
     return normalize_by(plan, x, stats, scale, bias, where)
 
 

@@ -108,7 +108,7 @@ def standardize(
     who = "standardize"
     x = checks.inexact_array(x, who)
     axes = ax.canonical_axes(axes, x.ndim, who, "axes")
-    epsilon = checks.number(epsilon, who)
+    epsilon = checks.static_epsilon(epsilon, who)
     stats = stats_along(stats, x.shape, ax.other_axes(axes, x.ndim), who, "axes")
     return apply_stats(x, stats, epsilon).astype(result_dtype(x, stats.mean))
 
@@ -166,8 +166,8 @@ def stats_along(
     stats: Stats, shape: tuple[int, ...], axis: tuple[int, ...], who: str, argument: str = "axis"
 ) -> Stats:
     """Checked statistics, laid along the feature `axis` of an input of `shape`."""
-    fix = "Take the estimate from the evidence: moments.stats()."
-    checks.of_kind(Stats, stats, who, fix if isinstance(stats, Moments) else "Stats(mean, var).")
+    fix = "Use jaxnorm.Stats(mean, var); of evidence, take the estimate: moments.stats()."
+    checks.of_kind(Stats, stats, who, fix)
     mean = feature_along(stats.mean, shape, axis, who, "the mean", argument)
     var = feature_along(stats.var, shape, axis, who, "the variance", argument)
     assert mean is not None

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 
 from jaxnorm.core import checks, precision
+from jaxnorm.core.axes import sizes
 from jaxnorm.methods.spec import Slot
 
 
@@ -111,8 +112,7 @@ class RunningStatsShell(Shell):
 
         x = checks.inexact_array(x, who)
         axes = self._feature_axes(x.ndim, who)
-        features = tuple(x.shape[axis] for axis in axes)
-        slots = self._slots(features, precision.is_complex(x.dtype))
+        slots = self._slots(sizes(x.shape, axes), precision.is_complex(x.dtype))
         if not initializing and "updates" in slots:
             # A checkpoint of Flax has no count of updates: inference does without.
             if moves:

@@ -104,7 +104,7 @@ def batch_norm_backward_steps(
     """
     who = "batch_norm_backward_steps"
     dy, x, scale, axis, valid = _checked(dy, x, scale, axis, where, who)
-    epsilon = checks.number(epsilon, who)
+    epsilon = checks.static_epsilon(epsilon, who)
     over = ax.other_axes(axis, x.ndim)
 
     def sums(value: jax.Array) -> jax.Array:
@@ -171,7 +171,7 @@ def batch_norm_backward(
     """
     who = "batch_norm_backward"
     dy, x, scale, axis, valid = _checked(dy, x, scale, axis, where, who)
-    epsilon = checks.number(epsilon, who)
+    epsilon = checks.static_epsilon(epsilon, who)
     over = ax.other_axes(axis, x.ndim)
     m, mean, var = _statistics(x, valid, over)
     rstd = (var + epsilon) ** -0.5

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxnorm.core import checks, precision
+from jaxnorm.core.axes import sizes
 
 ClassT = TypeVar("ClassT", bound=type)
 
@@ -87,15 +88,15 @@ class Shell(nnx.Module):
         return f"{type(self).__name__}(num_features={self.num_features})"
 
     def _features(self) -> tuple[int, ...]:
-        sizes = self.num_features
-        return tuple(sizes) if isinstance(sizes, Sequence) else (operator.index(sizes),)
+        given = self.num_features
+        return tuple(given) if isinstance(given, Sequence) else (operator.index(given),)
 
     def _variables(self) -> dict[str, nnx.Variable]:
         return {name: v for name, v in vars(self).items() if isinstance(v, nnx.Variable)}
 
     def _check_features(self: Any, x: jax.Array) -> None:
         axes = self._feature_axes(x.ndim, self._who)
-        found = tuple(x.shape[axis] for axis in axes)
+        found = sizes(x.shape, axes)
         if found != self._features():
             raise ValueError(
                 f"{self._who}: the input of shape {x.shape} has "
