@@ -83,12 +83,8 @@ def normalize(
     scale = feature_along(scale, x.shape, axis, who, "scale")
     bias = feature_along(bias, x.shape, axis, who, "bias")
     over = devices(axis_name, axis_index_groups, who)
-    plan = Plan(
-        axes,
-        checks.static_epsilon(epsilon, who),
-        over,
-        _dtype(dtype, result_dtype(x, scale, bias), who),
-    )
+    dtype = _dtype(dtype, result_dtype(x, scale, bias), who)
+    plan = Plan(axes, checks.static_epsilon(epsilon, who), over, dtype)
     y, evidence = normalize_fused(plan, x, scale, bias, where)
     return y, jax.tree.map(lambda leaf: leaf.squeeze(axes), evidence)
 
