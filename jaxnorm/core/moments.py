@@ -10,6 +10,9 @@ parts i of count n_i, mean m_i and variance v_i,
 
 An element is a part with n_i = 1, m_i = x_i, v_i = 0, or with n_i = 0 under a mask. For two parts
 the formula is that of Chan, Golub & LeVeque 1983.
+
+About the origin (RMS norm) there is no mean, `mean=None`, and the variance is the mean of |x|^2:
+the same formula without its second term.
 """
 
 import dataclasses
@@ -35,11 +38,11 @@ class Stats:
     cannot be merged: for that, keep the evidence, `Moments`.
 
     Attributes:
-        mean: float32 or wider, or complex; any shape.
+        mean: float32 or wider, or complex; any shape. None about the origin.
         var: float32 or wider, of the shape of `mean`.
     """
 
-    mean: jax.Array
+    mean: jax.Array | None
     var: jax.Array
 
 
@@ -52,13 +55,14 @@ class Moments:
     count of 0 is allowed and changes nothing.
 
     Attributes:
-        count: number of values behind each entry; float32 or wider, of the shape of `mean`.
-        mean: their mean; float32 or wider, or complex.
-        var: their biased variance, the mean of |x - mean|^2; float32 or wider.
+        count: number of values behind each entry; float32 or wider, of the shape of `var`.
+        mean: their mean; float32 or wider, or complex. None about the origin.
+        var: their biased variance, the mean of |x - mean|^2, or of |x|^2 about the origin; float32
+            or wider.
     """
 
     count: jax.Array
-    mean: jax.Array
+    mean: jax.Array | None
     var: jax.Array
 
     def stats(self, ddof: int = 0) -> Stats:
@@ -80,7 +84,9 @@ class Moments:
         known = jnp.asarray(self.count) > ddof
         correction = self.count * reciprocal(self.count - ddof) if ddof else jnp.ones_like(self.var)
         return Stats(
-            mean=jnp.where(known, self.mean, jnp.zeros_like(self.mean)),
+            mean=None
+            if self.mean is None
+            else jnp.where(known, self.mean, jnp.zeros_like(self.mean)),
             var=jnp.where(known, self.var * correction, jnp.ones_like(self.var)),
         )
 
@@ -153,8 +159,8 @@ def reciprocal(count: jax.Array | float) -> jax.Array | float:
 
 
 def pooled(
-    count: jax.Array | float, mean: jax.Array, var: jax.Array, parts: Parts
-) -> tuple[jax.Array | float, jax.Array, jax.Array]:
+    count: jax.Array | float, mean: jax.Array | None, var: jax.Array, parts: Parts
+) -> tuple[jax.Array | float, jax.Array | None, jax.Array]:
     """The one pooling formula (see the top of this file): count, mean and variance of all `parts`.
 
     A `count` given as a Python number is the same for all parts and known at trace time: it costs
@@ -165,13 +171,15 @@ def pooled(
     result keeps its digits at a mean of many standard deviations, also for the mean itself. The
     first estimate cancels out of the result, so no derivative needs to pass through it.
     """
+    first_sum = count * (var if mean is None else mean)
     if isinstance(count, float) and parts.parts is not None:
         total = count * parts.parts
-        (weighted,) = parts.sum(count * mean)
+        (weighted,) = parts.sum(first_sum)
     else:
-        ones = jnp.ones((1,) * mean.ndim, precision.real_dtype(mean.dtype))
-        total, weighted = parts.sum(count * ones, count * mean)
+        total, weighted = parts.sum(count * jnp.ones((1,) * var.ndim, var.dtype), first_sum)
     share = reciprocal(total)
+    if mean is None:
+        return total, None, weighted * share
     pivot = lax.stop_gradient(weighted * share)
     offset = mean - pivot
     first, second = parts.sum(count * offset, count * (var + precision.abs_square(offset)))
@@ -212,13 +220,18 @@ def clean(x: jax.Array, where: jax.Array | None) -> jax.Array:
 
 
 def moments_keeping_axes(
-    x: jax.Array, axes: tuple[int, ...], where: jax.Array | None, over: Devices | None
+    x: jax.Array,
+    axes: tuple[int, ...],
+    where: jax.Array | None,
+    over: Devices | None,
+    use_mean: bool,
 ) -> Moments:
     """`moments` after the door: `x` clean, `axes` canonical and kept as size 1."""
     x = x.astype(precision.accumulation_dtype(x.dtype))
-    zero = jnp.zeros((1,) * x.ndim, precision.real_dtype(x.dtype))
-    count = 1.0 if where is None else where.astype(zero.dtype)
-    count, mean, var = pooled(count, x, zero, elements(x.shape, axes, over))
+    real = precision.real_dtype(x.dtype)
+    count = 1.0 if where is None else where.astype(real)
+    mean, var = (x, jnp.zeros((1,) * x.ndim, real)) if use_mean else (None, precision.abs_square(x))
+    count, mean, var = pooled(count, mean, var, elements(x.shape, axes, over))
     # Added to zeros of the variance, the count has its shape, and its sharding on explicit meshes.
     return Moments(jnp.zeros_like(var) + jnp.asarray(count, var.dtype), mean, var)
 
@@ -228,6 +241,7 @@ def moments(
     axes: int | Sequence[int],
     *,
     where: ArrayLike | None = None,
+    use_mean: bool = True,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     keepdims: bool = False,
@@ -239,6 +253,7 @@ def moments(
         axes: the axes that are reduced.
         where: boolean mask with as many axes as `x`, each of the size of `x` or 1; True counts.
             NaN and infinities under the mask reach neither the result nor its derivatives.
+        use_mean: False takes the variance about the origin, the mean of |x|^2, and no mean.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
             the evidence is pooled, weighted by the number of valid elements on each device.
         axis_index_groups: groups of indices along `axis_name`; each pools on its own.
@@ -273,15 +288,19 @@ def moments(
     axes = ax.canonical_axes(axes, x.ndim, who, "axes")
     where = checks.boolean_mask(where, x.shape, who)
     over = devices(axis_name, axis_index_groups, who)
-    kept = _jitted_moments(x, axes, where, over)
+    kept = _jitted_moments(x, axes, where, over, use_mean)
     return kept if keepdims else jax.tree.map(lambda leaf: leaf.squeeze(axes), kept)
 
 
-@jax.jit(static_argnums=(1, 3), inline=True)
+@jax.jit(static_argnums=(1, 3, 4), inline=True)
 def _jitted_moments(
-    x: jax.Array, axes: tuple[int, ...], where: jax.Array | None, over: Devices | None
+    x: jax.Array,
+    axes: tuple[int, ...],
+    where: jax.Array | None,
+    over: Devices | None,
+    use_mean: bool,
 ) -> Moments:
-    return moments_keeping_axes(clean(x, where), axes, where, over)
+    return moments_keeping_axes(clean(x, where), axes, where, over, use_mean)
 
 
 def pool(
@@ -316,8 +335,8 @@ def pool(
     over = devices(axis_name, axis_index_groups, who)
     together = _full(stacked, who)
     if axes is not None:
-        axes = ax.canonical_axes(axes, together.mean.ndim, who, "axes")
-        together = _pooled_arrays(together, AlongAxes(together.mean.shape, axes))
+        axes = ax.canonical_axes(axes, together.var.ndim, who, "axes")
+        together = _pooled_arrays(together, AlongAxes(together.var.shape, axes))
         together = jax.tree.map(lambda leaf: leaf.squeeze(axes), together)
     return together if over is None else _pooled_arrays(together, over)
 
@@ -327,10 +346,11 @@ def _full(evidence: Moments, who: str) -> Moments:
     checks.of_kind(
         Moments, evidence, who, "Evidence comes from jaxnorm.moments(x, axes); Stats have no count."
     )
-    mean = jnp.asarray(evidence.mean)
-    real = precision.real_dtype(mean.dtype)
+    mean = None if evidence.mean is None else jnp.asarray(evidence.mean)
+    whole = jnp.asarray(evidence.var) if mean is None else mean
+    real = precision.real_dtype(whole.dtype)
     count, var = (
-        jnp.broadcast_to(jnp.asarray(leaf, real), mean.shape)
+        jnp.broadcast_to(jnp.asarray(leaf, real), whole.shape)
         for leaf in (evidence.count, evidence.var)
     )
     return Moments(count, mean, var)
@@ -352,7 +372,7 @@ def merge(*parts: Moments) -> Moments:
 
     Raises:
         TypeError: a part is no `Moments`.
-        ValueError: no evidence, or of different shapes.
+        ValueError: no evidence, of different shapes, or some about the origin and some not.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
@@ -363,11 +383,17 @@ def merge(*parts: Moments) -> Moments:
         (4.0, 3.0, 4.5)
     """
     parts = tuple(_full(part, "merge") for part in parts)
-    shapes = {part.mean.shape for part in parts}
+    shapes = {part.var.shape for part in parts}
     if len(shapes) != 1:
         found = f"found the shapes {sorted(shapes)}" if parts else "found none"
         raise ValueError(
             f"merge: needs evidence of one shape, {found}. Each part must come from "
             f"jaxnorm.moments(x, axes) over the same features."
+        )
+    without_mean = sum(part.mean is None for part in parts)
+    if without_mean not in (0, len(parts)):
+        raise ValueError(
+            f"merge: {without_mean} of {len(parts)} parts are about the origin and have no mean. "
+            f"Take all with the same choice: jaxnorm.moments(x, axes, use_mean=True)."
         )
     return pool(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), axes=0)

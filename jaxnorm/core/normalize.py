@@ -24,6 +24,7 @@ def normalize(
     axis: int | Sequence[int] = -1,
     where: ArrayLike | None = None,
     epsilon: float = 1e-5,
+    use_mean: bool = True,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
@@ -33,7 +34,8 @@ def normalize(
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    Batch, layer, group and instance norm are this function with different `axes`.
+    Batch, layer, group and instance norm are this function with different `axes`, RMS norm with
+    `use_mean=False`.
 
     Args:
         x: array of any shape; float, bfloat16, or complex.
@@ -46,6 +48,7 @@ def normalize(
             do not count for the moments. They are normalized like the others, but NaN,
             infinities and huge numbers (above 4e9 in float32) among them are taken for 0.
         epsilon: added to the variance, inside the root; 0 or more.
+        use_mean: False takes no mean off and the variance about the origin, as RMS norm does.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
             the moments are pooled, weighted by the number of valid elements on each device.
         axis_index_groups: groups of indices along `axis_name`; each pools on its own.
@@ -84,7 +87,7 @@ def normalize(
     bias = feature_along(bias, x.shape, axis, who, "bias")
     over = devices(axis_name, axis_index_groups, who)
     dtype = _dtype(dtype, result_dtype(x, scale, bias), who)
-    plan = Plan(axes, checks.static_epsilon(epsilon, who), over, dtype)
+    plan = Plan(axes, checks.static_epsilon(epsilon, who), over, dtype, use_mean)
     y, evidence = normalize_fused(plan, x, scale, bias, where)
     return y, jax.tree.map(lambda leaf: leaf.squeeze(axes), evidence)
 

@@ -21,7 +21,8 @@ def _blend(old: Stats, new: Stats, keep: ArrayLike, take: ArrayLike, who: str) -
     """`keep * old + take * new`, in the dtypes of `old`."""
     for stats in (old, new):
         checks.of_kind(Stats, stats, who, "Of evidence, take the estimate: moments.stats().")
-    _same_shape(new.mean, old.mean, "an estimate", who)
+    _same_shape(new.var, old.var, "an estimate", who)
+    _same_origin(old, new, who)
 
     def step(old_leaf: jax.Array, new_leaf: jax.Array) -> jax.Array:
         old_leaf = jnp.asarray(old_leaf)
@@ -68,7 +69,7 @@ def debiased_ema(old: Stats, new: Stats, momentum: ArrayLike, updates: ArrayLike
         old: the running estimate, itself a result of this function, or anything at the start.
         new: the estimate of the newest batch, of the same shape.
         momentum: weight of the OLD value, from 0 to below 1, approached as updates accumulate.
-        updates: how many batches `old` has seen; a scalar, or of the shape of `old.mean`.
+        updates: how many batches `old` has seen; a scalar, or of the shape of `old.var`.
 
     Returns:
         `Stats` with the shapes and dtypes of `old`.
@@ -102,7 +103,7 @@ def cumulative_average(old: Stats, new: Stats, updates: ArrayLike) -> Stats:
     Args:
         old: the mean of the first `updates` estimates; anything where that is 0.
         new: the estimate of the newest batch, of the same shape.
-        updates: how many batches `old` has seen; a scalar, or of the shape of `old.mean`.
+        updates: how many batches `old` has seen; a scalar, or of the shape of `old.var`.
 
     Returns:
         `Stats` with the shapes and dtypes of `old`.
@@ -169,7 +170,7 @@ def update_running(
         old: the running estimate, starting at `Stats(0, 1)`.
         batch: evidence of the newest batch, of the same shape.
         momentum: weight of the OLD value, from 0 to 1; None for the cumulative average.
-        updates: int32 of the shape of `old.mean`: how many batches moved each entry, starting at 0.
+        updates: int32 of the shape of `old.var`: how many batches moved each entry, starting at 0.
             Needed for `momentum=None` and for `debias`.
         debias: free the average from the pull of its starting value, see `debiased_ema`.
         ddof: 0 stores the biased variance, 1 the unbiased one.
@@ -198,13 +199,14 @@ def update_running(
     check_averaging(momentum, debias, "update_running")
     checks.of_kind(Stats, old, "update_running", "Start at Stats(jnp.zeros(n), jnp.ones(n)).")
     checks.of_kind(Moments, batch, "update_running", "Take it from jaxnorm.moments(x, axes).")
-    _same_shape(batch.mean, old.mean, "evidence", "update_running")
+    _same_shape(batch.var, old.var, "evidence", "update_running")
     if updates is not None:
         updates = jnp.asarray(updates)
-        _same_shape(updates, old.mean, "a count of updates", "update_running")
+        _same_shape(updates, old.var, "a count of updates", "update_running")
     moved = batch.count > ddof
     if skip_nonfinite:
-        moved &= jnp.isfinite(batch.mean).all() & jnp.isfinite(batch.var).all()
+        for leaf in jax.tree.leaves(batch):
+            moved &= jnp.isfinite(leaf).all()
 
     new = batch.stats(ddof)
     if momentum is not None and not debias:
@@ -212,7 +214,7 @@ def update_running(
     elif updates is None:
         raise ValueError(
             f"update_running: {'debias=True' if debias else 'momentum=None'} depends on how many "
-            f"batches were seen before. Pass updates=jnp.zeros({old.mean.shape}, jnp.int32) at the "
+            f"batches were seen before. Pass updates=jnp.zeros({old.var.shape}, jnp.int32) at the "
             f"start, and what this function returns from then on."
         )
     elif momentum is None:
@@ -229,6 +231,16 @@ def _same_shape(found: ArrayLike, expected: ArrayLike, what: str, who: str) -> N
             f"{who}: {what} of shape {jnp.shape(found)} does not fit running statistics of shape "
             f"{jnp.shape(expected)}. Give both one entry per feature: "
             f"jaxnorm.moments(x, axes) over all other axes, updates=jnp.zeros(features, jnp.int32)."
+        )
+
+
+def _same_origin(old: Stats, new: Stats, who: str) -> None:
+    if (old.mean is None) != (new.mean is None):
+        found = ["a mean and a variance", "a variance about the origin (mean=None)"]
+        raise ValueError(
+            f"{who}: the old estimate has {found[old.mean is None]}, the new one "
+            f"{found[new.mean is None]}. Take the evidence likewise: "
+            f"jaxnorm.moments(x, axes, use_mean={old.mean is not None})."
         )
 
 

@@ -27,12 +27,14 @@ class Plan(NamedTuple):
         epsilon: added to the variance.
         over: mapped axes over which moments are pooled as well, or None.
         dtype: dtype of the result.
+        use_mean: whether the mean is taken off; if not, the variance is about the origin.
     """
 
     axes: tuple[int, ...]
     epsilon: float
     over: Devices | None
     dtype: Any
+    use_mean: bool = True
 
 
 def normalize_plainly(
@@ -44,16 +46,18 @@ def normalize_plainly(
 ) -> tuple[jax.Array, Moments]:
     """The specification. All arrays have the axes of `x`, with size 1 where they are shared."""
     x = clean(x, where)
-    evidence = moments_keeping_axes(x, plan.axes, where, plan.over)
+    evidence = moments_keeping_axes(x, plan.axes, where, plan.over, plan.use_mean)
     y = apply_affine(apply_stats(x, evidence.stats(), plan.epsilon), scale, bias)
     return y.astype(plan.dtype), evidence
 
 
 def apply_stats(x: jax.Array, stats: Stats, epsilon: float) -> jax.Array:
     """(x - mean) / sqrt(var + epsilon), in float32 or wider."""
-    dtype = precision.promote(x.dtype, stats.mean.dtype, jnp.float32)
+    mean = jnp.zeros((), jnp.float32) if stats.mean is None else stats.mean
+    dtype = precision.promote(x.dtype, mean.dtype, jnp.float32)
     real = precision.real_dtype(dtype)
-    centred = x.astype(dtype) - stats.mean.astype(dtype)
+    x = x.astype(dtype)
+    centred = x if stats.mean is None else x - mean.astype(dtype)
     return centred * lax.rsqrt(stats.var.astype(real) + epsilon)
 
 
@@ -84,7 +88,7 @@ def standardize(
 
     Args:
         x: array of any shape; float, bfloat16, or complex.
-        stats: mean and variance, of the shape of `x` without `axes`.
+        stats: mean and variance, of the shape of `x` without `axes`; a mean of None is 0.
         axes: the axes of `x` along which the statistics are shared: those that were reduced.
         epsilon: added to the variance, inside the root.
 
@@ -170,6 +174,5 @@ def stats_along(
     checks.of_kind(Stats, stats, who, fix)
     mean = feature_along(stats.mean, shape, axis, who, "the mean", argument)
     var = feature_along(stats.var, shape, axis, who, "the variance", argument)
-    assert mean is not None
     assert var is not None
     return Stats(mean, var)
