@@ -35,6 +35,31 @@ class Shell(nn.Module):
         path = "/".join(self.path)
         return f"{type(self).__name__} '{path}'" if path else type(self).__name__
 
+    def _normalize(self: Any, x: ArrayLike, mask: ArrayLike | None, **mode: Any) -> jax.Array:
+        """One call: declares the variables, normalizes, stores what changed."""
+        who = self._who
+        self._check_options(who)
+        initializing = self.is_initializing()
+        x = checks.inexact_array(x, who)
+        axes = self._feature_axes(x.ndim, who)
+        slots = self._slots(sizes(x.shape, axes), precision.is_complex(x.dtype), who)
+        if not initializing and "updates" in slots:
+            # A checkpoint of Flax has no count of updates: inference does without.
+            if mode["update_stats"]:
+                self._check_updates(slots["updates"])
+            else:
+                del slots["updates"]
+        found = f"the input of shape {x.shape} has {checks.describe_features(x.shape, axes)}"
+        values = self._declare(slots, found)
+        dtype = self.dtype
+        if dtype is None:
+            params = (values[name].dtype for name in ("scale", "bias") if name in values)
+            dtype = precision.promote(x.dtype, *params)
+        y, changed = self._transform(values, x, mask, dtype, who, initializing=initializing, **mode)
+        for name, value in changed.items():
+            self.put_variable("batch_stats", name, value)
+        return y
+
     def _declare(self: Any, slots: dict[str, Slot], found_in_input: str) -> dict[str, Any]:
         """Creates or finds the variables of `slots`; returns their values by name."""
         values = {}
@@ -71,7 +96,45 @@ class Shell(nn.Module):
             )
 
 
-class RunningStatsShell(Shell):
+class StatelessShell(Shell):
+    """Linen modules that know nothing but their parameters."""
+
+    @nn.compact
+    def __call__(self: Any, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: input of any shape; float, bfloat16, or complex.
+            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
+                Masked elements are normalized too, see `jaxnorm.normalize`.
+
+        Returns:
+            Array of the shape of `x`.
+        """
+        return self._normalize(x, mask)
+
+
+class ModalShell(Shell):
+    """Linen modules that are in training or in inference, as the constructor or the call says."""
+
+    def _chosen(
+        self: Any, use_running_average: bool | None, update_stats: bool | None
+    ) -> dict[str, bool]:
+        """Whether this call uses the running statistics, and whether it moves them."""
+        who = self._who
+        if self.use_running_average is not None and use_running_average is not None:
+            raise ValueError(
+                f"{who}: use_running_average={self.use_running_average} was given to the "
+                f"constructor, and use_running_average={use_running_average} to the call. Give it "
+                f"once, at the call if it changes between training and inference."
+            )
+        frozen, moves = self._mode(use_running_average, update_stats, who)
+        if moves and not self.is_initializing() and not self.is_mutable_collection("batch_stats"):
+            raise StatsNotMutableError(who, "batch_stats")
+        return dict(use_running_average=frozen, update_stats=moves)
+
+
+class RunningStatsShell(ModalShell):
     """Linen modules with running statistics in the mutable collection `batch_stats`."""
 
     @nn.compact
@@ -97,44 +160,4 @@ class RunningStatsShell(Shell):
         Returns:
             Array of the shape of `x`.
         """
-        who = self._who
-        self._check_options(who)
-        if self.use_running_average is not None and use_running_average is not None:
-            raise ValueError(
-                f"{who}: use_running_average={self.use_running_average} was given to the "
-                f"constructor, and use_running_average={use_running_average} to the call. Give it "
-                f"once, at the call if it changes between training and inference."
-            )
-        frozen, moves = self._mode(use_running_average, update_stats, who)
-        initializing = self.is_initializing()
-        if moves and not initializing and not self.is_mutable_collection("batch_stats"):
-            raise StatsNotMutableError(who, "batch_stats")
-
-        x = checks.inexact_array(x, who)
-        axes = self._feature_axes(x.ndim, who)
-        slots = self._slots(sizes(x.shape, axes), precision.is_complex(x.dtype))
-        if not initializing and "updates" in slots:
-            # A checkpoint of Flax has no count of updates: inference does without.
-            if moves:
-                self._check_updates(slots["updates"])
-            else:
-                del slots["updates"]
-        found = f"the input of shape {x.shape} has {checks.describe_features(x.shape, axes)}"
-        values = self._declare(slots, found)
-        dtype = self.dtype
-        if dtype is None:
-            params = (values[name].dtype for name in ("scale", "bias") if name in values)
-            dtype = precision.promote(x.dtype, *params)
-        y, changed = self._transform(
-            values,
-            x,
-            mask,
-            dtype,
-            who,
-            use_running_average=frozen,
-            update_stats=moves,
-            initializing=initializing,
-        )
-        for name, value in changed.items():
-            self.put_variable("batch_stats", name, value)
-        return y
+        return self._normalize(x, mask, **self._chosen(use_running_average, update_stats))

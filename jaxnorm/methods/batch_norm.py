@@ -13,21 +13,20 @@ noisy, and methods that do not look across examples do better.
 """
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.core import axes as ax
-from jaxnorm.core import checks, precision
-from jaxnorm.core.devices import AxisName, devices
+from jaxnorm.core import checks
+from jaxnorm.core.devices import AxisName
 from jaxnorm.core.moments import Moments, Stats
 from jaxnorm.core.normalize import normalize, normalize_with_stats
-from jaxnorm.core.running import check_averaging, update_running
+from jaxnorm.methods.affine import Affine
+from jaxnorm.methods.running_stats import RunningStats
 from jaxnorm.methods.spec import Initializer, Slot, Values
 
 
@@ -164,7 +163,7 @@ def batch_norm_inference(
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class BatchNorm:
+class BatchNorm(Affine, RunningStats):
     """Batch normalization with running statistics, for `jaxnorm.linen` and `jaxnorm.nnx`.
 
     A drop-in for Flax's `BatchNorm`: the same arguments, variables, defaults and results.
@@ -193,6 +192,7 @@ class BatchNorm:
             the batch extends. Not used while initializing.
         axis_index_groups: groups of indices along `axis_name`; each is a batch of its own.
         use_fast_variance: accepted for Flax's sake; the variance is always right.
+        zero_centered_scale: store the scale minus 1; `scale_init` is then zeros.
         debias: free the running average from the pull of its start at (0, 1).
         running_var: `"biased"` stores the variance by which batches are normalized, as Flax does,
             `"unbiased"` with Bessel's correction, as the paper and PyTorch do.
@@ -234,64 +234,12 @@ class BatchNorm:
     axis_name: AxisName | None = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True
-    _: dataclasses.KW_ONLY
-    debias: bool = False
-    running_var: Literal["biased", "unbiased"] = "biased"
-    update_stats: bool = True
-    skip_nonfinite: bool = False
-
-    def _check_options(self, who: str) -> None:
-        check_averaging(self.momentum, self.debias, who)
-        if self.running_var not in ("biased", "unbiased"):
-            raise ValueError(
-                f"{who}: running_var={self.running_var!r} is unknown. "
-                f"Use running_var='biased' or running_var='unbiased'."
-            )
-        if self.axis_index_groups is not None and self.axis_name is None:
-            devices(None, self.axis_index_groups, who)
-
-    def _mode(
-        self, use_running_average: bool | None, update_stats: bool | None, who: str
-    ) -> tuple[bool, bool]:
-        """Whether a call uses the running statistics and whether it moves them.
-
-        What the call says goes before what the layer says.
-
-        Raises:
-            ValueError: nothing says which statistics to use, or the two contradict each other.
-        """
-        frozen = self.use_running_average if use_running_average is None else use_running_average
-        if frozen is None:
-            raise ValueError(
-                f"{who}: use_running_average is missing, so it is not known whether this is "
-                f"training or inference. Pass use_running_average=False to train and True for "
-                f"inference, to the call or to the constructor."
-            )
-        if frozen and update_stats:
-            raise ValueError(
-                f"{who}: update_stats=True contradicts use_running_average=True: the running "
-                f"statistics move only when the batch's are used. Drop one of the two."
-            )
-        return frozen, not frozen and (self.update_stats if update_stats is None else update_stats)
 
     def _feature_axes(self, ndim: int, who: str) -> tuple[int, ...]:
         return ax.canonical_axes(self.axis, ndim, who)
 
-    def _slots(self, features: tuple[int, ...], is_complex: bool) -> dict[str, Slot]:
-        zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
-        real = precision.promote(precision.real_dtype(self.param_dtype), jnp.float32)
-        mean_dtype = precision.promote(real, jnp.complex64) if is_complex else real
-        slots = {
-            "mean": Slot("batch_stats", features, mean_dtype, zeros),
-            "var": Slot("batch_stats", features, real, ones),
-        }
-        if self.debias or self.momentum is None:
-            slots["updates"] = Slot("batch_stats", features, jnp.int32, zeros)
-        if self.use_scale:
-            slots["scale"] = Slot("params", features, self.param_dtype, self.scale_init)
-        if self.use_bias:
-            slots["bias"] = Slot("params", features, self.param_dtype, self.bias_init)
-        return slots
+    def _slots(self, features: tuple[int, ...], is_complex: bool, who: str) -> dict[str, Slot]:
+        return self._stats_slots(features, is_complex) | self._affine_slots(features)
 
     def _transform(
         self,
@@ -301,77 +249,19 @@ class BatchNorm:
         dtype: Any,
         who: str,
         *,
+        initializing: bool,
         use_running_average: bool,
         update_stats: bool,
-        initializing: bool,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """One call, by the running statistics or by the batch's.
-
-        Args:
-            values: the variables of `slots`, by name.
-            x, mask: as in `batch_norm`.
-            dtype: dtype of the result.
-            who: the layer's name for errors.
-            use_running_average, update_stats: as above.
-            initializing: whether the variables were only now created. Statistics do not move then,
-                and mapped axes need not exist.
-
-        Returns:
-            The result, and the new statistics if they move.
-        """
-        scale, bias = values.get("scale"), values.get("bias")
-        old = lax.stop_gradient(Stats(values["mean"], values["var"]))
-        _check_kind(x, old, who)
+        scale, bias = self._affine(values)
+        stored = self._stored(values, x, who)
         options: dict[str, Any] = dict(axis=self.axis, where=mask, epsilon=self.epsilon)
         options |= dict(dtype=dtype, who=who)
         if use_running_average:
-            return batch_norm_inference(x, old, scale, bias, **options), {}
-        if not initializing:
-            options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups)
-        y, batch = batch_norm(x, scale, bias, **options)
+            return batch_norm_inference(x, stored, scale, bias, **options), {}
+        y, batch = batch_norm(x, scale, bias, **options, **self._mapped_axes(initializing))
         if initializing:
             return y, {}
         if mask is None:
-            self._warn_of_single_values(x.size // max(batch.mean.size, 1), who)
-        if not update_stats:
-            return y, {}
-        _check_width(old, who)
-        new, updates = update_running(
-            old,
-            lax.stop_gradient(batch),
-            momentum=self.momentum,
-            updates=values.get("updates"),
-            debias=self.debias,
-            ddof=int(self.running_var == "unbiased"),
-            skip_nonfinite=self.skip_nonfinite,
-        )
-        changed = {"mean": new.mean, "var": new.var}
-        return y, changed if updates is None else changed | {"updates": updates}
-
-    def _warn_of_single_values(self, local_count: int, who: str) -> None:
-        over = devices(self.axis_name, self.axis_index_groups, who)
-        if local_count == 1 and (over is None or over.parts == 1):
-            warnings.warn(
-                f"{who}: trains on one value per feature, which is its own mean: the output is the "
-                f"bias whatever the input, and the running variance decays to 0. Use larger "
-                f"batches, or use_running_average=True.",
-                stacklevel=2,
-            )
-
-
-def _check_kind(x: jax.Array, stats: Stats, who: str) -> None:
-    if precision.is_complex(x.dtype) and not precision.is_complex(stats.mean.dtype):
-        raise TypeError(
-            f"{who}: the input is {x.dtype}, but the running mean is stored as {stats.mean.dtype} "
-            f"and would lose the imaginary part. Create the layer for complex input: initialize a "
-            f"Linen module with a complex example, or an NNX module with dtype=jnp.complex64."
-        )
-
-
-def _check_width(stats: Stats, who: str) -> None:
-    for name, leaf in (("mean", stats.mean), ("var", stats.var)):
-        if jnp.finfo(leaf.dtype).bits < 32:
-            raise TypeError(
-                f"{who}: the running {name} is stored as {leaf.dtype}, in which a moving average "
-                f"stops moving. Store the statistics in float32: {name}.astype(jnp.float32)."
-            )
+            self._warn_of_single_values(x.size // max(batch.var.size, 1), who)
+        return y, self._moved(values, stored, batch, who) if update_stats else {}

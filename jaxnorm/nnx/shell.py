@@ -5,7 +5,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 from flax import nnx
@@ -24,18 +24,32 @@ def module(cls: ClassT) -> ClassT:
     """Makes `cls` a dataclass that takes `num_features` and, by keyword only, the rest.
 
     A spec's fields may stand in any position, for Linen. In NNX a second position would invite
-    `BatchNorm(6, nnx.Rngs(0))`, which must not pass for an option.
+    `BatchNorm(6, nnx.Rngs(0))`, which must not pass for an option. Fields that Flax takes by
+    position are declared again in `cls`, with `kw_only=False`.
     """
     cls = dataclasses.dataclass(kw_only=True, repr=False, eq=False)(cls)
     initialize: Any = cls.__init__
+    named_here = vars(cls)["__annotations__"]
+    positional = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if not field.kw_only and (field.name == "num_features" or field.name in named_here)
+    ]
+    parameters = [
+        p if p.name in ("self", *positional) else p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in inspect.signature(initialize).parameters.values()
+    ]
 
     @functools.wraps(initialize)
-    def init(self: Any, num_features: int | Sequence[int], **options: Any) -> None:
-        initialize(self, num_features, **options)
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        if len(args) > len(positional):
+            raise TypeError(
+                f"{cls.__name__}: takes {', '.join(positional)} as positional arguments, found "
+                f"{len(args)}. Name the others: {cls.__name__}(num_features, rngs=rngs)."
+            )
+        initialize(self, **dict(zip(positional, args, strict=False)), **options)
 
-    itself, features, *options = inspect.signature(initialize).parameters.values()
-    options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
-    vars(init)["__signature__"] = inspect.Signature([itself, features, *options])
+    vars(init)["__signature__"] = inspect.Signature(parameters)
     setattr(cls, "__init__", init)  # noqa: B010 (its type changes)
     return cls
 
@@ -47,11 +61,14 @@ class Shell(nnx.Module):
     Args:
         num_features: size of the input along its feature axis, or the sizes along several.
         rngs: random keys for the initializers.
-        promote_dtype: called as in Flax, with (x, mean, var, scale, bias) and `dtype`, it may cast
+        promote_dtype: called as in Flax, with the input, the variables and `dtype`, it may cast
             the input and the parameters before anything else; statistics stay as they are. By
             default nothing is cast before the result.
         scale_metadata, bias_metadata: metadata of the variables `scale` and `bias`.
     """
+
+    _promotes: ClassVar[tuple[str, ...]] = ("scale", "bias")
+    """The variables by whose dtypes Flax's layer infers that of the result."""
 
     num_features: int | Sequence[int] = dataclasses.field(kw_only=False)
     promote_dtype: Callable[..., Any] | None = None
@@ -72,7 +89,7 @@ class Shell(nnx.Module):
         dtypes = (dtype for dtype in (self.dtype, self.param_dtype) if dtype is not None)
         is_complex = any(precision.is_complex(dtype) for dtype in dtypes)
         for name, (collection, shape, dtype, init) in self._slots(
-            self._features(), is_complex
+            self._features(), is_complex, self._who
         ).items():
             key = rngs.params() if collection == "params" else None
             variable = _VARIABLE_TYPES[collection]
@@ -105,9 +122,83 @@ class Shell(nnx.Module):
                 f"of the input: axis=..."
             )
 
+    def _normalize(self: Any, x: ArrayLike, mask: ArrayLike | None, **mode: Any) -> jax.Array:
+        """One call: normalizes, and stores what changed."""
+        array = checks.inexact_array(x, self._who)
+        self._check_features(array)
+        variables = self._variables()
+        values = {name: variable[...] for name, variable in variables.items()}
+        if self.promote_dtype is not None:
+            array, values = self._promoted(array, values)
+        dtype = self.dtype
+        if dtype is None:
+            dtypes = (values[name].dtype for name in self._promotes if name in values)
+            dtype = precision.promote(array.dtype, *dtypes)
+        y, changed = self._transform(
+            values, array, mask, dtype, self._who, initializing=False, **mode
+        )
+        for name, value in changed.items():
+            variables[name][...] = value
+        return y
+
+    def _promoted(self: Any, x: jax.Array, values: dict[str, jax.Array]):
+        arrays = (x, *(values.get(name) for name in self._promotes))
+        x, *cast = self.promote_dtype(arrays, dtype=self.dtype)
+        params = {
+            name: value
+            for name, value in zip(self._promotes, cast, strict=True)
+            if name in ("scale", "bias") and value is not None
+        }
+        return x, values | params
+
 
 @dataclasses.dataclass(kw_only=True, repr=False, eq=False)
-class RunningStatsShell(Shell):
+class StatelessShell(Shell):
+    """NNX modules that know nothing but their parameters."""
+
+    def __call__(self: Any, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: input of any shape; float, bfloat16, or complex.
+            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
+                Masked elements are normalized too, see `jaxnorm.normalize`.
+
+        Returns:
+            Array of the shape of `x`.
+        """
+        return self._normalize(x, mask)
+
+
+@dataclasses.dataclass(kw_only=True, repr=False, eq=False)
+class ModalShell(Shell):
+    """NNX modules that are in training or in inference, as the layer or the call says."""
+
+    def _chosen(
+        self: Any, use_running_average: bool | None, update_stats: bool | None
+    ) -> dict[str, bool]:
+        """Whether this call uses the running statistics, and whether it moves them."""
+        frozen, moves = self._mode(use_running_average, update_stats, self._who)
+        return dict(use_running_average=frozen, update_stats=moves)
+
+    def set_view(
+        self: Any, use_running_average: bool | None = None, update_stats: bool | None = None
+    ) -> None:
+        """Changes options; `nnx.view(model, ...)` calls it for all layers of a model.
+
+        Args:
+          use_running_average: True for inference, False for training; None leaves it as it is.
+          update_stats: whether training moves the running statistics; None leaves it as it is.
+        """
+        # Indented by two in "Args": `nnx.view_info` reads no other width.
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+        if update_stats is not None:
+            self.update_stats = update_stats
+
+
+@dataclasses.dataclass(kw_only=True, repr=False, eq=False)
+class RunningStatsShell(ModalShell):
     """NNX modules with running statistics in variables of type `nnx.BatchStat`."""
 
     def __call__(
@@ -132,50 +223,4 @@ class RunningStatsShell(Shell):
         Returns:
             Array of the shape of `x`.
         """
-        frozen, moves = self._mode(use_running_average, update_stats, self._who)
-        array = checks.inexact_array(x, self._who)
-        self._check_features(array)
-        variables = self._variables()
-        values = {name: variable[...] for name, variable in variables.items()}
-        if self.promote_dtype is not None:
-            array, values = self._promoted(array, values)
-        dtype = self.dtype
-        if dtype is None:
-            names = ("mean", "scale", "bias")
-            dtypes = (values[name].dtype for name in names if name in values)
-            dtype = precision.promote(array.dtype, *dtypes)
-        y, changed = self._transform(
-            values,
-            array,
-            mask,
-            dtype,
-            self._who,
-            use_running_average=frozen,
-            update_stats=moves,
-            initializing=False,
-        )
-        for name, value in changed.items():
-            variables[name][...] = value
-        return y
-
-    def _promoted(self: Any, x: jax.Array, values: dict[str, jax.Array]):
-        names = ("mean", "var", "scale", "bias")
-        arrays = (x, *(values.get(name) for name in names))
-        x, _, _, scale, bias = self.promote_dtype(arrays, dtype=self.dtype)
-        cast = {"scale": scale, "bias": bias}
-        return x, values | {name: value for name, value in cast.items() if value is not None}
-
-    def set_view(
-        self: Any, use_running_average: bool | None = None, update_stats: bool | None = None
-    ) -> None:
-        """Changes options; `nnx.view(model, ...)` calls it for all layers of a model.
-
-        Args:
-          use_running_average: True for inference, False for training; None leaves it as it is.
-          update_stats: whether training moves the running statistics; None leaves it as it is.
-        """
-        # Indented by two in "Args": `nnx.view_info` reads no other width.
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
-        if update_stats is not None:
-            self.update_stats = update_stats
+        return self._normalize(x, mask, **self._chosen(use_running_average, update_stats))

@@ -1,0 +1,136 @@
+"""Running statistics as part of a spec: when they are used, when they move, and by which rule."""
+
+import dataclasses
+import warnings
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxnorm.core import precision
+from jaxnorm.core.devices import devices
+from jaxnorm.core.moments import Moments, Stats
+from jaxnorm.core.running import check_averaging, update_running
+from jaxnorm.methods.spec import Slot, Spec, Values
+
+
+@dataclasses.dataclass(eq=False, repr=False, kw_only=True)
+class RunningStats(Spec):
+    """Part of specs with the fields `use_running_average`, `momentum`, `param_dtype`, `axis_name`.
+
+    Args:
+        debias: free the running average from the pull of its start at (0, 1).
+        running_var: `"biased"` stores the variance by which batches are normalized, as Flax does,
+            `"unbiased"` with Bessel's correction, as the paper of batch norm and PyTorch do.
+        update_stats: whether training moves the running statistics; also an argument of the call.
+        skip_nonfinite: leave the running statistics alone on a batch with a NaN or infinite mean or
+            variance.
+    """
+
+    debias: bool = False
+    running_var: Literal["biased", "unbiased"] = "biased"
+    update_stats: bool = True
+    skip_nonfinite: bool = False
+
+    def _check_options(self: Any, who: str) -> None:
+        super()._check_options(who)
+        check_averaging(self.momentum, self.debias, who)
+        if self.running_var not in ("biased", "unbiased"):
+            raise ValueError(
+                f"{who}: running_var={self.running_var!r} is unknown. "
+                f"Use running_var='biased' or running_var='unbiased'."
+            )
+
+    def _mode(
+        self: Any, use_running_average: bool | None, update_stats: bool | None, who: str
+    ) -> tuple[bool, bool]:
+        """Whether a call uses the running statistics and whether it moves them.
+
+        What the call says goes before what the layer says.
+
+        Raises:
+            ValueError: nothing says which statistics to use, or the two contradict each other.
+        """
+        frozen = self.use_running_average if use_running_average is None else use_running_average
+        if frozen is None:
+            raise ValueError(
+                f"{who}: use_running_average is missing, so it is not known whether this is "
+                f"training or inference. Pass use_running_average=False to train and True for "
+                f"inference, to the call or to the constructor."
+            )
+        if frozen and update_stats:
+            raise ValueError(
+                f"{who}: update_stats=True contradicts use_running_average=True: the running "
+                f"statistics move only when the batch's are used. Drop one of the two."
+            )
+        return frozen, not frozen and (self.update_stats if update_stats is None else update_stats)
+
+    def _stats_slots(self: Any, features: tuple[int, ...], is_complex: bool) -> dict[str, Slot]:
+        zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
+        real = precision.promote(precision.real_dtype(self.param_dtype), jnp.float32)
+        mean_dtype = precision.promote(real, jnp.complex64) if is_complex else real
+        slots = {
+            "mean": Slot("batch_stats", features, mean_dtype, zeros),
+            "var": Slot("batch_stats", features, real, ones),
+        }
+        if self.debias or self.momentum is None:
+            slots["updates"] = Slot("batch_stats", features, jnp.int32, zeros)
+        return slots
+
+    def _stored(self, values: Values, x: jax.Array, who: str) -> Stats:
+        """The running statistics, through which no gradient passes."""
+        stats = lax.stop_gradient(Stats(values["mean"], values["var"]))
+        if precision.is_complex(x.dtype) and not precision.is_complex(values["mean"].dtype):
+            raise TypeError(
+                f"{who}: the input is {x.dtype}, but the running mean is stored as "
+                f"{values['mean'].dtype} and would lose the imaginary part. Create the layer for "
+                f"complex input: initialize a Linen module with a complex example, or an NNX "
+                f"module with dtype=jnp.complex64."
+            )
+        return stats
+
+    def _moved(
+        self: Any,
+        values: Values,
+        stored: Stats,
+        batch: Moments,
+        who: str,
+        ddof: int | None = None,
+    ) -> dict[str, jax.Array]:
+        """The new values of the running statistics after a batch with this evidence.
+
+        `ddof` is what is taken off the count in its variance, by default what the options say.
+        """
+        _check_width(stored, who)
+        new, updates = update_running(
+            stored,
+            lax.stop_gradient(batch),
+            momentum=self.momentum,
+            updates=values.get("updates"),
+            debias=self.debias,
+            ddof=int(self.running_var == "unbiased") if ddof is None else ddof,
+            skip_nonfinite=self.skip_nonfinite,
+        )
+        assert new.mean is not None
+        changed = {"mean": new.mean, "var": new.var}
+        return changed if updates is None else changed | {"updates": updates}
+
+    def _warn_of_single_values(self: Any, local_count: int, who: str) -> None:
+        over = devices(self.axis_name, self.axis_index_groups, who)
+        if local_count == 1 and (over is None or over.parts == 1):
+            warnings.warn(
+                f"{who}: trains on one value per feature, which is its own mean: the output is the "
+                f"bias whatever the input, and the running variance decays to 0. Use larger "
+                f"batches, or use_running_average=True.",
+                stacklevel=2,
+            )
+
+
+def _check_width(stats: Stats, who: str) -> None:
+    for name, leaf in (("mean", stats.mean), ("var", stats.var)):
+        if leaf is not None and jnp.finfo(leaf.dtype).bits < 32:
+            raise TypeError(
+                f"{who}: the running {name} is stored as {leaf.dtype}, in which a moving average "
+                f"stops moving. Store the statistics in float32: {name}.astype(jnp.float32)."
+            )
