@@ -7,6 +7,7 @@ Pure functions and values are here and load no Flax. The Flax modules are in `ja
 import importlib
 from typing import TYPE_CHECKING
 
+from jaxnorm.citation import cite as cite
 from jaxnorm.core.moments import Moments as Moments
 from jaxnorm.core.moments import Stats as Stats
 from jaxnorm.core.moments import merge as merge
@@ -27,6 +28,10 @@ from jaxnorm.methods.batch_norm_backward import batch_norm_backward as batch_nor
 from jaxnorm.methods.batch_norm_backward import (
     batch_norm_backward_steps as batch_norm_backward_steps,
 )
+from jaxnorm.methods.group_norm import group_norm as group_norm
+from jaxnorm.methods.instance_norm import instance_norm as instance_norm
+from jaxnorm.methods.layer_norm import layer_norm as layer_norm
+from jaxnorm.methods.rms_norm import rms_norm as rms_norm
 
 if TYPE_CHECKING:
     from jaxnorm import linen as linen

@@ -1,0 +1,231 @@
+"""Instance normalization (Ulyanov, Vedaldi & Lempitsky 2016, arXiv:1607.08022).
+
+    mean = sum x / n,   var = sum |x - mean|^2 / n          over the spatial axes of one feature of
+    y = (x - mean) / sqrt(var + epsilon) * scale + bias     one example
+
+When to use: style transfer and image generation, where contrast and colour of one image should not
+matter. For recognition it throws away what helps; see `ibn` for the two together.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm.core import axes as ax
+from jaxnorm.core import checks
+from jaxnorm.core.devices import AxisName
+from jaxnorm.core.moments import Moments, reciprocal
+from jaxnorm.core.normalize import normalize, normalize_with_stats
+from jaxnorm.methods.affine import Affine
+from jaxnorm.methods.running_stats import RunningStats
+from jaxnorm.methods.spec import Initializer, Slot, Values
+
+
+def instance_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    batch_axis: int | Sequence[int] = 0,
+    where: ArrayLike | None = None,
+    epsilon: float = 1e-6,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
+    who: str = "instance_norm",
+) -> tuple[jax.Array, Moments]:
+    """Normalizes each feature of each example by its mean and variance over space.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    Args:
+        x: array such as `[batch, height, width, features]`; float, bfloat16, or complex.
+        scale: one factor per feature, or None for 1.
+        bias: one summand per feature, or None for 0.
+        axis: the feature axis or axes: `scale` and `bias` have the shape of `x` along them, in
+            increasing order.
+        batch_axis: the axis or axes of examples. Mean and variance are taken over all others.
+        where: boolean mask with as many axes as `x`, each of the size of `x` or 1; False does not
+            count. See `normalize` for what happens to masked elements.
+        epsilon: added to the variance, inside the root.
+        axis_name: name or names of mapped axes over which the examples extend.
+        axis_index_groups: groups of indices along `axis_name`; each holds examples of its own.
+        dtype: dtype of the result; None for that of `x`, made complex if a parameter is.
+        who: the name that error messages give to the caller.
+
+    Returns:
+        The result, of the shape of `x`, and the `Moments` of each example and feature, of the shape
+        of `x` along these axes.
+
+    Raises:
+        TypeError: `x` is neither floating point nor complex, the mask is floating point, or `dtype`
+            cannot hold the result.
+        ValueError: axes out of range or named twice, an axis that is both of features and of
+            examples, a mask or parameters that do not fit.
+        NameError: `axis_name` is not bound.
+
+    Numerics:
+        As `normalize`: float32 or wider, one rounding, right at means of many standard deviations,
+        `x` and statistics kept for the backward pass.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm
+        >>> x = jnp.array([[[1.0], [3.0]], [[20.0], [60.0]]])
+        >>> y, seen = jaxnorm.instance_norm(x)
+        >>> y[..., 0].round(3).tolist(), seen.mean[..., 0].tolist()
+        ([[-1.0, 1.0], [-1.0, 1.0]], [2.0, 40.0])
+
+    Source:
+        Ulyanov, Vedaldi & Lempitsky 2016 (arXiv:1607.08022), section 2.
+    """
+    x = checks.inexact_array(x, who)
+    features = ax.canonical_axes(axis, x.ndim, who)
+    batch = ax.canonical_axes(batch_axis, x.ndim, who, "batch_axis")
+    both = sorted({*features} & {*batch})
+    if both:
+        raise ValueError(
+            f"{who}: axis {both[0]} of an input of shape {x.shape} cannot be both a feature axis "
+            f"and the axis of examples. Name the features' by axis=..., the examples' by "
+            f"batch_axis=..."
+        )
+    return normalize(
+        x,
+        scale,
+        bias,
+        axes=ax.other_axes((*features, *batch), x.ndim),
+        axis=features,
+        where=where,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+        who=who,
+    )
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class InstanceNorm(Affine, RunningStats):
+    """Instance normalization, for `jaxnorm.linen` and `jaxnorm.nnx`.
+
+    A drop-in for Flax's `InstanceNorm`: the same arguments, variables, defaults and results. The
+    first axis of the input is that of examples.
+
+    Variables, each of the shape of the input along the feature axes: `scale` and `bias` in `params`
+    (NNX: `nnx.Param`), and with `track_running_stats` `mean`, `var` and perhaps `updates` in
+    `batch_stats` (NNX: `nnx.BatchStat`), of the dtypes that `BatchNorm` has.
+
+    Args:
+        epsilon: added to the variance, inside the root.
+        dtype: dtype of the result; None infers it from input and parameters, as Flax does.
+        param_dtype: dtype of `scale` and `bias`.
+        use_bias: whether there is a `bias`.
+        use_scale: whether there is a `scale`.
+        bias_init: initializer of `bias`, zeros.
+        scale_init: initializer of `scale`, ones.
+        feature_axes: the axes along which `scale` and `bias` differ; not the first.
+        axis_name: name or names of mapped axes over which the examples extend. Not used while
+            initializing.
+        axis_index_groups: groups of indices along `axis_name`; each holds examples of its own.
+        use_fast_variance: accepted for Flax's sake; the variance is always right.
+        track_running_stats: keep running averages of the examples' means and variances, by which
+            inference normalizes, as in PyTorch. Training normalizes by the examples' own.
+        use_running_average: with running statistics, True for inference and False for training,
+            here or at the call; without them it says nothing.
+        momentum: weight of the OLD value in the running average; None for the cumulative average.
+        zero_centered_scale: store the scale minus 1; `scale_init` is then zeros.
+        debias, running_var, update_stats, skip_nonfinite: of running statistics, as in `BatchNorm`.
+
+    Raises:
+        TypeError: integer input; a floating point mask; an epsilon that is no number; a result that
+            `dtype` cannot hold.
+        ValueError: the first axis as feature axis, missing `use_running_average` with running
+            statistics, contradicting options, an input or a mask of the wrong shape, axes out of
+            range or named twice.
+        NameError: `axis_name` is not bound.
+
+    Source:
+        Ulyanov, Vedaldi & Lempitsky 2016 (arXiv:1607.08022), section 2.
+
+    Differs:
+        From Flax as `LayerNorm` does, and: running statistics, as an option. From PyTorch: no
+        running statistics, but scale and bias, by default; `momentum` is the weight of the old
+        value; the running variance is biased unless `running_var="unbiased"`.
+    """
+
+    epsilon: float = 1e-6
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = jax.nn.initializers.zeros
+    scale_init: Initializer = jax.nn.initializers.ones
+    feature_axes: int | Sequence[int] = -1
+    axis_name: AxisName | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    _: dataclasses.KW_ONLY
+    track_running_stats: bool = False
+    use_running_average: bool | None = None
+    momentum: float | None = 0.99
+
+    def _feature_axes(self, ndim: int, who: str) -> tuple[int, ...]:
+        axes = ax.canonical_axes(self.feature_axes, ndim, who, "feature_axes")
+        if 0 in axes:
+            raise ValueError(
+                f"{who}: feature_axes={self.feature_axes} include the first axis of an input with "
+                f"{ndim} axes, which is that of examples. Add one for the batch, x[None], or name "
+                f"other axes: feature_axes=-1."
+            )
+        return axes
+
+    def _mode(
+        self, use_running_average: bool | None, update_stats: bool | None, who: str
+    ) -> tuple[bool, bool]:
+        if not self.track_running_stats:
+            return False, False
+        return super()._mode(use_running_average, update_stats, who)
+
+    def _slots(self, features: tuple[int, ...], is_complex: bool, who: str) -> dict[str, Slot]:
+        stats = self._stats_slots(features, is_complex) if self.track_running_stats else {}
+        return stats | self._affine_slots(features)
+
+    def _transform(
+        self,
+        values: Values,
+        x: jax.Array,
+        mask: ArrayLike | None,
+        dtype: Any,
+        who: str,
+        *,
+        initializing: bool,
+        use_running_average: bool,
+        update_stats: bool,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        scale, bias = self._affine(values)
+        options: dict[str, Any] = dict(axis=self._feature_axes(x.ndim, who), where=mask)
+        options |= dict(epsilon=self.epsilon, dtype=dtype, who=who)
+        if use_running_average:
+            stored = self._stored(values, x, who)
+            return normalize_with_stats(x, stored, scale, bias, **options), {}
+        y, each = instance_norm(x, scale, bias, **options, **self._mapped_axes(initializing))
+        if initializing or not update_stats:
+            return y, {}
+        average = _average(each, ddof=int(self.running_var == "unbiased"))
+        return y, self._moved(values, self._stored(values, x, who), average, who, ddof=0)
+
+
+def _average(each: Moments, ddof: int) -> Moments:
+    """The mean of the examples' estimates; the count is that of examples with an estimate.
+
+    Not their merge: the differences between the examples' means are no part of the variance by
+    which an example is normalized.
+    """
+    known = (each.count > ddof).astype(each.var.dtype)
+    share = known * reciprocal(known.sum(0, keepdims=True))
+    estimates = jax.tree.map(lambda leaf: (leaf * share).sum(0), each.stats(ddof))
+    return Moments(known.sum(0), estimates.mean, estimates.var)

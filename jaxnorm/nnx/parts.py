@@ -1,0 +1,8 @@
+"""Which modules an NNX model consists of."""
+
+from flax import nnx
+
+
+def modules_within(model: object) -> list[type]:
+    """The classes of all modules in `model`, itself among them."""
+    return list(dict.fromkeys(type(module) for _, module in nnx.iter_modules(model)))
