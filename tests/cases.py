@@ -1,4 +1,4 @@
-"""The inputs that every law of batch normalization is tried on.
+"""The inputs on which normalization over a batch is tried, in all its forms.
 
 A law is a test, a case a row of this table: a new row joins all laws.
 """
@@ -58,5 +58,3 @@ CASES = (
     Case("masked positions", (4, 3, 2), mask=(4, 3, 1)),
     Case("masked conv, no parameters", (4, 3, 2), mask=(4, 1, 1), scale=False, bias=False),
 )
-
-METHODS_WITH_CASES = {"BatchNorm": CASES}

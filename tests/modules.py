@@ -4,6 +4,7 @@ A layer is given as pure functions, so that one law can be tried on both framewo
 function of a BatchNorm class, Flax's or ours, whose results can be compared.
 """
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -36,38 +37,55 @@ class Layer(NamedTuple):
     infer: Callable[..., jax.Array]
 
 
+def takes_mode(cls: type) -> bool:
+    """Whether a call of this layer says if it is training or inference."""
+    return "use_running_average" in inspect.signature(cls.__call__).parameters
+
+
 def linen_layer(x, cls: type[nn.Module] = jaxnorm.linen.BatchNorm, seed: int = 0, **options):
     module = cls(**options)
+    training, inference = (
+        {"use_running_average": frozen} if takes_mode(cls) else {} for frozen in (False, True)
+    )
     # Under jit the result of the first call is not asked for, and so is not compiled.
-    init = jax.jit(lambda x: module.init(jax.random.key(seed), x, use_running_average=False))
+    init = jax.jit(lambda x: module.init(jax.random.key(seed), x, **training))
     variables = init(x)
 
     def train(params, stats, x, **call):
         y, changed = module.apply(
             {"params": params, "batch_stats": stats},
             x,
-            use_running_average=False,
             mutable=["batch_stats"],
+            **training,
             **call,
         )
-        return y, changed["batch_stats"]
+        return y, changed.get("batch_stats", {})
 
     def infer(params, stats, x, **call):
         variables = {"params": params, "batch_stats": stats}
-        return module.apply(variables, x, use_running_average=True, **call)
+        return module.apply(variables, x, **inference, **call)
 
-    return Layer(variables.get("params", {}), variables["batch_stats"], train, infer)
+    return Layer(variables.get("params", {}), variables.get("batch_stats", {}), train, infer)
+
+
+def num_features(x, options):
+    """The sizes of `x` along the feature axes that the options of a layer name."""
+    axes = options.get("axis", options.get("feature_axes", -1))
+    if isinstance(axes, int):
+        return x.shape[axes]
+    return tuple(x.shape[axis] for axis in sorted(axis % x.ndim for axis in axes))
 
 
 def nnx_layer(x, cls: type[nnx.Module] = jaxnorm.nnx.BatchNorm, seed: int = 0, **options):
-    axis = options.get("axis", -1)
-    features = tuple(x.shape[a] for a in axis) if isinstance(axis, tuple) else x.shape[axis]
     if jnp.iscomplexobj(x):
         options.setdefault("dtype", x.dtype)
     graph, *states = nnx.split(
-        cls(features, rngs=nnx.Rngs(seed), **options), nnx.Param, nnx.BatchStat
+        cls(num_features(x, options), rngs=nnx.Rngs(seed), **options), nnx.Param, nnx.BatchStat
     )
     first_params, first_stats = (nnx.to_pure_dict(state) for state in states)
+    training, inference = (
+        {"use_running_average": frozen} if takes_mode(cls) else {} for frozen in (False, True)
+    )
 
     def layer_of(*dictionaries):
         filled = (
@@ -78,11 +96,11 @@ def nnx_layer(x, cls: type[nnx.Module] = jaxnorm.nnx.BatchNorm, seed: int = 0, *
 
     def train(params, stats, x, **call):
         layer = layer_of(params, stats)
-        y = layer(x, use_running_average=False, **call)
+        y = layer(x, **training, **call)
         return y, nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
 
     def infer(params, stats, x, **call):
-        return layer_of(params, stats)(x, use_running_average=True, **call)
+        return layer_of(params, stats)(x, **inference, **call)
 
     return Layer(first_params, first_stats, train, infer)
 

@@ -1,13 +1,13 @@
 """The house rules that a test can check: layers, light imports, the registry, short files."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import cases
-import oracles
 import pytest
+from subjects import SUBJECTS
 
 import jaxnorm
 from jaxnorm.methods import METHODS
@@ -78,19 +78,21 @@ def public_functions():
 def what_is_missing(method):
     """A to-do list for a new method."""
     test_files = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    readme = (REPOSITORY / "README.md").read_text()
+    pages = {name: (REPOSITORY / name).read_text() for name in ("README.md", "docs/methods.md")}
+    home = sys.modules[method.function.__module__].__doc__ or ""
+    laws = {subject.method for subject in (*SUBJECTS, *WEIGHT_SUBJECTS)}
     there = {
         f"jaxnorm.{method.function.__name__}": method.function.__name__ in public_functions(),
         f"jaxnorm.linen.{method.name}": hasattr(jaxnorm.linen, method.name),
         f"jaxnorm.nnx.{method.name}": hasattr(jaxnorm.nnx, method.name),
-        f"tests/oracles.py: ORACLES['{method.name}']": method.name in oracles.ORACLES,
-        f"tests/cases.py: METHODS_WITH_CASES['{method.name}']": method.name
-        in cases.METHODS_WITH_CASES,
+        f"a row for {method.name} in tests/subjects.py": method.name in laws,
         f"a test of jaxnorm.{method.function.__name__}": f"jaxnorm.{method.function.__name__}("
         in test_files,
-        f"a row for {method.name} in README.md": f"`{method.name}`" in readme,
-        "the paper in the file's docstring": method.paper.split("arXiv:")[1]
-        in (sys.modules[method.function.__module__].__doc__ or ""),
+        **{
+            f"a row for {method.name} in {name}": f"`{method.name}`" in pages[name]
+            for name in pages
+        },
+        "the paper in the file's docstring": method.papers[0].arxiv in home,
     }
     return [name for name, found in there.items() if not found]
 
@@ -103,6 +105,11 @@ def test_a_method_is_complete(method):
 def test_a_forgotten_piece_is_named():
     forgotten = METHODS[0]._replace(name="NoSuchNorm")
     assert len(what_is_missing(forgotten)) == 5
+
+
+def test_the_table_of_methods_is_that_of_the_registry():
+    namespace = runpy.run_path(str(REPOSITORY / "docs" / "methods_table.py"))
+    assert namespace["table"]() == namespace["TARGET"].read_text(), "python docs/methods_table.py"
 
 
 def test_every_module_is_a_registered_method():

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import errors, nnx
+from method_mistakes import MISTAKES_WITH_METHODS
 from mistakes import DOORS, KEY, MISTAKES_AT_DOORS, SHAPE, Call, Row
 
 import jaxnorm
@@ -30,6 +31,7 @@ X = jnp.zeros(SHAPE)
 
 ROWS = [
     *MISTAKES_AT_DOORS,
+    *MISTAKES_WITH_METHODS,
     Row(
         "debiased average of a checkpoint without a count",
         lambda: jaxnorm.linen.BatchNorm(use_running_average=False, debias=True).apply(
@@ -50,7 +52,7 @@ ROWS = [
         "second positional argument",
         lambda: jaxnorm.nnx.BatchNorm(3, nnx.Rngs(0)),
         TypeError,
-        r"2 positional arguments but 3 were given",
+        r"^BatchNorm: takes num_features as positional arguments, found 2.*rngs=rngs",
     ),
     Row(
         "statistics for other features",

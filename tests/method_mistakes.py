@@ -1,0 +1,121 @@
+"""Mistakes with the options of one method each. Part of the table of `test_errors.py`."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from mistakes import KEY, Row
+
+import jaxnorm
+
+X = jnp.zeros((4, 2, 6))
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x)
+
+
+def nnx_layer(name, *arguments, **options):
+    return getattr(jaxnorm.nnx, name)(*arguments, rngs=nnx.Rngs(0), **options)
+
+
+MISTAKES_WITH_METHODS = [
+    *(
+        Row(
+            f"{say}, {who}",
+            lambda call=call, options=options: call(**options),
+            ValueError,
+            rf"^{who}: {says}",
+        )
+        for who, call in (
+            ("group_norm", lambda **o: jaxnorm.group_norm(X, **o)),
+            ("GroupNorm", lambda **o: jaxnorm.linen.GroupNorm(**o).init(KEY, X)),
+            (r"GroupNorm\(num_features=6\)", lambda **o: nnx_layer("GroupNorm", 6, **o)(X)),
+        )
+        for say, options, says in (
+            ("groups that do not divide", {"num_groups": 4}, r"6 features.*num_groups=4.*divisor"),
+            ("no groups", {"num_groups": 0}, r"6 features.*num_groups=0.*\[1, 2, 3, 6\]"),
+            (
+                "size that does not divide",
+                {"num_groups": None, "group_size": 5},
+                r"6 features.*group_size=5.*\[1, 2, 3, 6\]",
+            ),
+            (
+                "groups and size",
+                {"num_groups": 2, "group_size": 3},
+                r"num_groups=2 and group_size=3.*num_groups=None",
+            ),
+            (
+                "neither groups nor size",
+                {"num_groups": None},
+                r"num_groups=None and group_size=None",
+            ),
+        )
+    ),
+    Row(
+        "groups without their axis",
+        lambda: jaxnorm.linen.GroupNorm(num_groups=2, reduction_axes=1).init(KEY, X),
+        ValueError,
+        r"^GroupNorm: reduction_axes=\(1,\) must include the feature axis 2.*\(1, 2\)",
+    ),
+    Row(
+        "instances along the feature axis",
+        lambda: jaxnorm.instance_norm(X, axis=0),
+        ValueError,
+        r"^instance_norm: axis 0 .*\(4, 2, 6\).*batch_axis",
+    ),
+    Row(
+        "features along the first axis",
+        lambda: jaxnorm.linen.InstanceNorm(feature_axes=(0, 2)).init(KEY, X),
+        ValueError,
+        r"^InstanceNorm: feature_axes=\(0, 2\).*3 axes.*feature_axes=-1",
+    ),
+    Row(
+        "tracked instances without a mode",
+        lambda: jaxnorm.linen.InstanceNorm(track_running_stats=True).init(KEY, X),
+        ValueError,
+        r"^InstanceNorm: use_running_average is missing",
+    ),
+    Row(
+        "axes of layer norm",
+        lambda: jaxnorm.linen.LayerNorm(reduction_axes=3).init(KEY, X),
+        ValueError,
+        r"^LayerNorm: reduction_axes=3.*3 axes",
+    ),
+    Row(
+        "merge of evidence with and without a mean",
+        lambda: jaxnorm.merge(jaxnorm.moments(X, 0), jaxnorm.moments(X, 0, use_mean=False)),
+        ValueError,
+        r"^merge: 1 of 2 parts are about the origin.*use_mean=True",
+    ),
+    Row(
+        "average of estimates with and without a mean",
+        lambda: jaxnorm.ema(
+            jaxnorm.moments(X, 0).stats(), jaxnorm.moments(X, 0, use_mean=False).stats(), 0.9
+        ),
+        ValueError,
+        r"^ema: the old estimate has a mean and.*mean=None.*use_mean=True",
+    ),
+    Row(
+        "citation of an unknown name",
+        lambda: jaxnorm.cite("NoSuchNorm"),
+        ValueError,
+        r"^cite: no method is called 'NoSuchNorm'.*BatchNorm",
+    ),
+    Row(
+        "citation of nothing", lambda: jaxnorm.cite(), ValueError, r"^cite: found none.*0 arguments"
+    ),
+    Row(
+        "citation of a Linen model without its input",
+        lambda: jaxnorm.cite(Plain()),
+        ValueError,
+        r"^cite: the layers of Plain.*inputs=\(x,\)",
+    ),
+    Row(
+        "citation of a model without norms",
+        lambda: jaxnorm.cite(Plain(), inputs=(X,)),
+        ValueError,
+        r"^cite: found none",
+    ),
+]
