@@ -7,11 +7,13 @@ fails as long as there is none. Weight methods wrap layers and have laws of thei
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import batch_family_oracles as family
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import whitening_oracles as whitening
 from modules import FRAMEWORKS, Layer, draw, draw_mask
 
 import jaxnorm
@@ -60,7 +62,7 @@ def drawn(params: dict[str, jax.Array], seed: int = 3) -> dict[str, jax.Array]:
     }
 
 
-IMAGES, TOKENS = (4, 4, 2, 8), (4, 3, 8)
+IMAGES, WIDE_IMAGES, TOKENS = (4, 4, 2, 8), (4, 4, 4, 8), (4, 3, 8)
 
 SUBJECTS = (
     Subject("BatchNorm", "BatchNorm", IMAGES, (4, 4, 2, 8), oracles.of_batch_norm),
@@ -108,6 +110,35 @@ SUBJECTS = (
         {"track_running_stats": True},
         split=1,
     ),
+    Subject("BatchRenorm", "BatchRenorm", IMAGES, (4, 4, 2, 8), family.of_batch_renorm),
+    Subject(
+        "BatchRenorm at its limits",
+        "BatchRenorm",
+        TOKENS,
+        (4, 3, 1),
+        family.of_batch_renorm,
+        {"rmax": 1.2, "dmax": 0.1},
+    ),
+    Subject("AdaBN", "AdaBN", IMAGES, (4, 4, 2, 1), family.of_adabn, {"domains": ("a", "b")}),
+    Subject(
+        "DecorrelatedBatchNorm",
+        "DecorrelatedBatchNorm",
+        WIDE_IMAGES,
+        (4, 4, 4, 1),
+        whitening.of_decorrelated_batch_norm,
+        {"num_groups": None, "group_size": 4},
+    ),
+    Subject(
+        "IterNorm",
+        "IterNorm",
+        WIDE_IMAGES,
+        (4, 4, 4, 1),
+        whitening.of_iter_norm,
+        {"num_groups": None, "group_size": 4},
+    ),
+    Subject("SwitchableNorm", "SwitchableNorm", IMAGES, (4, 4, 2, 8), family.of_switchable_norm),
+    Subject("IBNa", "IBNa", IMAGES, (4, 4, 2, 1), family.of_ibn_a),
+    Subject("IBNb", "IBNb", IMAGES, (4, 4, 2, 8), family.of_ibn_b, split=1),
 )
 
 EACH = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from subjects import SUBJECTS
+from test_weight_layers import WRAPPERS
 
 import jaxnorm
 from jaxnorm.methods import METHODS
@@ -80,12 +81,13 @@ def what_is_missing(method):
     test_files = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     pages = {name: (REPOSITORY / name).read_text() for name in ("README.md", "docs/methods.md")}
     home = sys.modules[method.function.__module__].__doc__ or ""
-    laws = {subject.method for subject in (*SUBJECTS, *WEIGHT_SUBJECTS)}
+    laws = {*WRAPPERS, *(subject.method for subject in SUBJECTS)}
     there = {
         f"jaxnorm.{method.function.__name__}": method.function.__name__ in public_functions(),
         f"jaxnorm.linen.{method.name}": hasattr(jaxnorm.linen, method.name),
         f"jaxnorm.nnx.{method.name}": hasattr(jaxnorm.nnx, method.name),
-        f"a row for {method.name} in tests/subjects.py": method.name in laws,
+        f"a row for {method.name} in tests/subjects.py or test_weight_layers.py": method.name
+        in laws,
         f"a test of jaxnorm.{method.function.__name__}": f"jaxnorm.{method.function.__name__}("
         in test_files,
         **{
@@ -112,14 +114,14 @@ def test_the_table_of_methods_is_that_of_the_registry():
     assert namespace["table"]() == namespace["TARGET"].read_text(), "python docs/methods_table.py"
 
 
-def test_every_module_is_a_registered_method():
-    for modules in (jaxnorm.linen.modules, jaxnorm.nnx.modules):
-        classes = {
-            name
-            for name, value in vars(modules).items()
-            if isinstance(value, type) and value.__module__ == modules.__name__
-        }
-        assert classes == {method.name for method in METHODS}
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_every_module_is_a_registered_method(framework):
+    classes = {
+        name
+        for name, value in vars(getattr(jaxnorm, framework)).items()
+        if isinstance(value, type) and not issubclass(value, Exception)
+    }
+    assert classes == {method.name for method in METHODS}
 
 
 def test_public_names_are_documented_with_an_example():

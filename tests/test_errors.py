@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import errors, nnx
+from batch_family_mistakes import ROWS as WITH_THE_BATCH_FAMILY
 from method_mistakes import MISTAKES_WITH_METHODS
 from mistakes import DOORS, KEY, MISTAKES_AT_DOORS, SHAPE, Call, Row
+from weight_mistakes import ROWS as WITH_WEIGHTS
+from whitening_mistakes import ROWS as WITH_WHITENING
 
 import jaxnorm
 
@@ -32,6 +35,9 @@ X = jnp.zeros(SHAPE)
 ROWS = [
     *MISTAKES_AT_DOORS,
     *MISTAKES_WITH_METHODS,
+    *WITH_THE_BATCH_FAMILY,
+    *WITH_WEIGHTS,
+    *WITH_WHITENING,
     Row(
         "debiased average of a checkpoint without a count",
         lambda: jaxnorm.linen.BatchNorm(use_running_average=False, debias=True).apply(

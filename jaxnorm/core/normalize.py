@@ -86,7 +86,7 @@ def normalize(
     scale = feature_along(scale, x.shape, axis, who, "scale")
     bias = feature_along(bias, x.shape, axis, who, "bias")
     over = devices(axis_name, axis_index_groups, who)
-    dtype = _dtype(dtype, result_dtype(x, scale, bias), who)
+    dtype = output_dtype(dtype, result_dtype(x, scale, bias), who)
     plan = Plan(axes, checks.static_epsilon(epsilon, who), over, dtype, use_mean)
     y, evidence = normalize_fused(plan, x, scale, bias, where)
     return y, jax.tree.map(lambda leaf: leaf.squeeze(axes), evidence)
@@ -111,12 +111,12 @@ def normalize_with_stats(
     stats = stats_along(stats, x.shape, axis, who)
     scale = feature_along(scale, x.shape, axis, who, "scale")
     bias = feature_along(bias, x.shape, axis, who, "bias")
-    dtype = _dtype(dtype, result_dtype(x, stats.mean, scale, bias), who)
+    dtype = output_dtype(dtype, result_dtype(x, stats.mean, scale, bias), who)
     plan = Plan(ax.other_axes(axis, x.ndim), checks.static_epsilon(epsilon, who), None, dtype)
     return normalize_by(plan, x, stats, scale, bias, where)
 
 
-def _dtype(dtype: DTypeLike | None, computed: Any, who: str) -> Any:
+def output_dtype(dtype: DTypeLike | None, computed: Any, who: str) -> Any:
     """The dtype of the result, which is `computed` unless `dtype` asks for another."""
     if dtype is None:
         return computed

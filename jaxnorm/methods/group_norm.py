@@ -10,7 +10,6 @@ where the batch's statistics are too noisy. With 16 or more, batch norm is usual
 """
 
 import dataclasses
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks
 from jaxnorm.core.devices import AxisName
+from jaxnorm.core.feature_groups import group_shape
 from jaxnorm.core.normalize import normalize
 from jaxnorm.methods.affine import Affine
 from jaxnorm.methods.spec import Initializer, Slot, Values
@@ -115,30 +115,6 @@ def group_norm(
         who=who,
     )
     return y.reshape(x.shape)
-
-
-def group_shape(
-    features: int, num_groups: int | None, group_size: int | None, who: str
-) -> tuple[int, int]:
-    """(number of groups, features in a group), from whichever of the two is given.
-
-    Raises:
-        ValueError: both or none are given, or they do not divide the features.
-    """
-    if (num_groups is None) == (group_size is None):
-        raise ValueError(
-            f"{who}: num_groups={num_groups} and group_size={group_size} are given, but one of "
-            f"them must be, and the other None. Use num_groups=32, or num_groups=None, "
-            f"group_size=16."
-        )
-    what, parts = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
-    if not isinstance(parts, numbers.Integral) or parts < 1 or features % parts:
-        divisors = [n for n in range(1, features + 1) if features % n == 0]
-        raise ValueError(
-            f"{who}: {features} features cannot be split with {what}={parts}. "
-            f"Use a divisor of {features}: one of {divisors}."
-        )
-    return (parts, features // parts) if group_size is None else (features // parts, parts)
 
 
 def reduced_axes(

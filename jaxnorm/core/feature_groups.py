@@ -1,0 +1,61 @@
+"""One feature axis, seen as groups of features: how many, and how an array is laid out by them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm.core import axes as ax
+
+
+def feature_axis(axis: Any, ndim: int, who: str) -> int:
+    """The one feature axis, counted from the front.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is out of range, or there are several.
+    """
+    canonical = ax.canonical_axes(axis, ndim, who)
+    if len(canonical) != 1:
+        raise ValueError(
+            f"{who}: axis={axis} names {len(canonical)} feature axes, but features are taken in "
+            f"groups along one. Put them into one axis: x.reshape((*x.shape[:-2], -1)), axis=-1."
+        )
+    return canonical[0]
+
+
+def group_shape(
+    features: int, num_groups: int | None, group_size: int | None, who: str
+) -> tuple[int, int]:
+    """(number of groups, features in a group), from whichever of the two is given.
+
+    Raises:
+        ValueError: both or none are given, or they do not divide the features.
+    """
+    if (num_groups is None) == (group_size is None):
+        raise ValueError(
+            f"{who}: num_groups={num_groups} and group_size={group_size} are given, but one of "
+            f"them must be, and the other None. Use num_groups=1, or num_groups=None, "
+            f"group_size=16."
+        )
+    what, parts = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
+    if not isinstance(parts, int) or parts < 1 or features % parts:
+        divisors = [n for n in range(1, features + 1) if features % n == 0]
+        raise ValueError(
+            f"{who}: {features} features cannot be split with {what}={parts}. "
+            f"Use a divisor of {features}: one of {divisors}."
+        )
+    return (parts, features // parts) if group_size is None else (features // parts, parts)
+
+
+def split(x: jax.Array, axis: int, groups: int) -> jax.Array:
+    """`x` as [..., groups, group size], with its feature `axis` last and split."""
+    last = jnp.moveaxis(x, axis, -1)
+    size = last.shape[-1] // groups
+    return last.reshape((*last.shape[:-1], groups, size))
+
+
+def join(grouped: jax.Array, axis: int) -> jax.Array:
+    """The inverse of `split`."""
+    last = grouped.reshape((*grouped.shape[:-2], grouped.shape[-2] * grouped.shape[-1]))
+    return jnp.moveaxis(last, -1, axis)

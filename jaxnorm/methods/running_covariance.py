@@ -1,0 +1,129 @@
+"""Running statistics with a covariance in place of the variance: what whitening specs share."""
+
+import abc
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxnorm.core import precision
+from jaxnorm.core.covariance import Comoments, JointStats
+from jaxnorm.core.devices import devices
+from jaxnorm.core.feature_groups import feature_axis, group_shape
+from jaxnorm.core.running_covariance import update_running_covariance
+from jaxnorm.methods.affine import Affine
+from jaxnorm.methods.running_stats import RunningStats
+from jaxnorm.methods.spec import Slot, Values
+
+
+@dataclasses.dataclass(eq=False, repr=False, kw_only=True)
+class RunningCovariance(Affine, RunningStats):
+    """A spec that whitens groups of features, but for the two functions by which it does.
+
+    Args:
+        num_groups: number of groups of neighbouring features.
+        group_size: features in a group; give either this or `num_groups`, and None for the other.
+    """
+
+    num_groups: int | None = 1
+    group_size: int | None = None
+
+    @abc.abstractmethod
+    def _by_batch(
+        self, x: jax.Array, *affine: jax.Array | None, **options: Any
+    ) -> tuple[jax.Array, Comoments]:
+        """The pure function of training."""
+
+    @abc.abstractmethod
+    def _by_stats(
+        self, x: jax.Array, stats: JointStats, *affine: jax.Array | None, **options: Any
+    ) -> jax.Array:
+        """The pure function of inference."""
+
+    def _feature_axes(self: Any, ndim: int, who: str) -> tuple[int, ...]:
+        return (feature_axis(self.axis, ndim, who),)
+
+    def _slots(self: Any, features: tuple[int, ...], is_complex: bool, who: str) -> dict[str, Slot]:
+        groups, size = group_shape(features[0], self.num_groups, self.group_size, who)
+        real = precision.promote(precision.real_dtype(self.param_dtype), jnp.float32)
+        zeros = jax.nn.initializers.zeros
+        slots = {
+            "mean": Slot("batch_stats", features, real, zeros),
+            "cov": Slot("batch_stats", (groups, size, size), real, _identities),
+        }
+        if self.debias or self.momentum is None:
+            slots["updates"] = Slot("batch_stats", (groups,), jnp.int32, zeros)
+        return slots | self._affine_slots(features)
+
+    def _transform(
+        self: Any,
+        values: Values,
+        x: jax.Array,
+        mask: ArrayLike | None,
+        dtype: Any,
+        who: str,
+        *,
+        initializing: bool,
+        use_running_average: bool,
+        update_stats: bool,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        cov = values["cov"]
+        stored = lax.stop_gradient(JointStats(values["mean"].reshape(cov.shape[:2]), cov))
+        affine = self._affine(values)
+        options: dict[str, Any] = dict(axis=self.axis, where=mask, epsilon=self.epsilon)
+        options |= dict(dtype=dtype, who=who)
+        if use_running_average:
+            return self._by_stats(x, stored, *affine, **options), {}
+        options |= dict(num_groups=self.num_groups, group_size=self.group_size)
+        y, batch = self._by_batch(x, *affine, **options, **self._mapped_axes(initializing))
+        if initializing:
+            return y, {}
+        if mask is None:
+            self._warn_of_few_examples(x.size // max(batch.mean.size, 1), cov.shape[-1], who)
+        return y, self._moved_covariance(values, stored, batch, who) if update_stats else {}
+
+    def _moved_covariance(
+        self: Any, values: Values, stored: JointStats, batch: Comoments, who: str
+    ) -> dict[str, jax.Array]:
+        """The new values of the running statistics after a batch with this evidence."""
+        for name, leaf in (("mean", stored.mean), ("cov", stored.cov)):
+            if jnp.finfo(leaf.dtype).bits < 32:
+                raise TypeError(
+                    f"{who}: the running {name} is stored as {leaf.dtype}, in which a moving "
+                    f"average stops moving. Store the statistics in float32: "
+                    f"{name}.astype(jnp.float32)."
+                )
+        new, updates = update_running_covariance(
+            stored,
+            lax.stop_gradient(batch),
+            momentum=self.momentum,
+            updates=values.get("updates"),
+            debias=self.debias,
+            ddof=int(self.running_var == "unbiased"),
+            skip_nonfinite=self.skip_nonfinite,
+        )
+        changed = {"mean": new.mean.reshape(-1), "cov": new.cov}
+        return changed if updates is None else changed | {"updates": updates}
+
+    def _warn_of_few_examples(self: Any, local_count: int, size: int, who: str) -> None:
+        over = devices(self.axis_name, self.axis_index_groups, who)
+        parts = 1 if over is None else over.parts
+        if parts is not None and local_count * parts <= size:
+            count = local_count * parts
+            warnings.warn(
+                f"{who}: trains on {count} examples for groups of {size} features, too few to know "
+                f"their covariance, which has rank {max(count - 1, 0)} at most. Use larger "
+                f"batches, smaller groups (group_size), or use_running_average=True.",
+                stacklevel=2,
+            )
+
+
+def _identities(key: Any, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Initializer of covariances."""
+    del key
+    return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
