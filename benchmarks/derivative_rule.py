@@ -61,7 +61,7 @@ def normalize_with_names(plan: Plan, x, scale, bias, where):
     del where
 
     def plainly(x, scale, bias):
-        seen = moments_keeping_axes(x, plan.axes, None, plan.over)
+        seen = moments_keeping_axes(x, plan.axes, None, plan.over, plan.use_mean)
         mean = checkpoint_name(seen.mean, "mean")
         rstd = checkpoint_name(lax.rsqrt(seen.var + plan.epsilon), "rstd")
         y = (x.astype(mean.dtype) - mean) * rstd * scale + bias

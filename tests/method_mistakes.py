@@ -98,6 +98,24 @@ MISTAKES_WITH_METHODS = [
         r"^ema: the old estimate has a mean and.*mean=None.*use_mean=True",
     ),
     Row(
+        "metadata of a bias that there is not",
+        lambda: nnx_layer("RMSNorm", 6, bias_metadata={"a": 1}),
+        TypeError,
+        r"^RMSNorm\(num_features=6\): bias_metadata=\{'a': 1\}.*no bias.*Drop",
+    ),
+    Row(
+        "features of layer norm",
+        lambda: nnx_layer("LayerNorm", 5, feature_axes=(1, 2))(X),
+        ValueError,
+        r"^LayerNorm\(num_features=5\): .*\(2, 6\) features.*num_features=\(2, 6\).*feature_axes",
+    ),
+    Row(
+        "instances without a batch",
+        lambda: jaxnorm.linen.InstanceNorm().init(KEY, X[0, 0]),
+        ValueError,
+        r"^InstanceNorm: feature_axes=-1 .* 1 axes.*x\[None\]\.$",
+    ),
+    Row(
         "citation of an unknown name",
         lambda: jaxnorm.cite("NoSuchNorm"),
         ValueError,

@@ -34,7 +34,7 @@ SOME_CASES = [
 ]
 
 
-def losses(case, dtype=np.float64):
+def losses(case, dtype=np.float64, use_mean=True):
     """The same scalar function by the rule and by the specification, and its arguments.
 
     It depends on the result and on the moments, non-linearly, so that no derivative vanishes.
@@ -44,15 +44,16 @@ def losses(case, dtype=np.float64):
     scale, bias = (
         None if p is None else ax.lay_along(jnp.asarray(p), axis, x.ndim) for p in (scale, bias)
     )
-    plan = Plan(ax.other_axes(axis, x.ndim), 1e-3, None, jnp.dtype(dtype))
+    plan = Plan(ax.other_axes(axis, x.ndim), 1e-3, None, jnp.dtype(dtype), use_mean)
     weights = np.random.default_rng(1).normal(size=x.shape)
 
     def loss(normalize, x, scale, bias):
         y, seen = normalize(plan, x, scale, bias, None if mask is None else jnp.asarray(mask))
+        mean = seen.mean if use_mean else jnp.ones_like(seen.var)
         return (
             (weights * jnp.sin(y.real)).sum()
             + (weights * y.imag**2).sum()
-            + (seen.mean.real**3 + jnp.cos(seen.mean.imag) * seen.var**2).sum()
+            + (mean.real**3 + jnp.cos(mean.imag) * seen.var**2).sum()
         )
 
     given = [i for i, p in enumerate((x, scale, bias)) if p is not None]
@@ -121,6 +122,17 @@ def test_rule_equals_specification(case, mode):
     transform = MODES[mode]
     found, expected = (
         jax.jit(transform(f, tuple(given)))(*arguments) for f in (rule, specification)
+    )
+    chex.assert_trees_all_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+@pytest.mark.parametrize("mode", ["value", "grad", "grad of jvp", "vmap of jvp", "linearize"])
+@pytest.mark.parametrize("case", [CASES[1], CASES[9]], ids=lambda case: case.name)
+def test_rule_equals_specification_about_the_origin(case, mode, dtype):
+    rule, specification, arguments, given = losses(case, dtype, use_mean=False)
+    found, expected = (
+        jax.jit(MODES[mode](f, tuple(given)))(*arguments) for f in (rule, specification)
     )
     chex.assert_trees_all_close(found, expected, **TOLERANCE)
 

@@ -12,8 +12,8 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import errors, nnx
 from batch_family_mistakes import ROWS as WITH_THE_BATCH_FAMILY
+from flax import errors, nnx
 from method_mistakes import MISTAKES_WITH_METHODS
 from mistakes import DOORS, KEY, MISTAKES_AT_DOORS, SHAPE, Call, Row
 from weight_mistakes import ROWS as WITH_WEIGHTS

@@ -1,8 +1,8 @@
 """Laws that every activation method obeys, on Linen and on NNX modules.
 
 Values against oracles, compiled against eager, mapped against one by one, derivatives against
-finite differences, masks, dtypes, large means, state that keeps its types. What holds for one method
-alone stands in files of its own.
+finite differences, masks, dtypes, large means, state that keeps its types. What holds for one
+method alone stands in files of its own.
 """
 
 import functools

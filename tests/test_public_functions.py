@@ -1,4 +1,4 @@
-"""The pure functions as users call them: by their public names, with every argument, against oracles.
+"""The pure functions by their public names, with the arguments that layers do not give, by oracles.
 
 What the layers do with them, and their derivatives, masks and dtypes, is in `test_laws.py`.
 """

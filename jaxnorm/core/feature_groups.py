@@ -1,5 +1,6 @@
 """One feature axis, seen as groups of features: how many, and how an array is laid out by them."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -39,12 +40,13 @@ def group_shape(
             f"group_size=16."
         )
     what, parts = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
-    if not isinstance(parts, int) or parts < 1 or features % parts:
+    if not isinstance(parts, numbers.Integral) or parts < 1 or features % parts:
         divisors = [n for n in range(1, features + 1) if features % n == 0]
         raise ValueError(
             f"{who}: {features} features cannot be split with {what}={parts}. "
             f"Use a divisor of {features}: one of {divisors}."
         )
+    parts = int(parts)
     return (parts, features // parts) if group_size is None else (features // parts, parts)
 
 

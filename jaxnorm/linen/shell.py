@@ -82,7 +82,8 @@ class Shell(nn.Module):
             raise ValueError(
                 f"{self._who}: '{name}' in '{collection}' was created with shape {found}, but "
                 f"{found_in_input}, which needs shape {shape}. Give the layer the kind of input it "
-                f"was initialized with, or initialize it anew; the feature axis is set by axis=..."
+                f"was initialized with, or initialize it anew; where the features are is set by "
+                f"{self._axis_option}=..."
             )
 
     def _check_updates(self: Any, slot: Slot) -> None:

@@ -157,6 +157,8 @@ class InstanceNorm(Affine, RunningStats):
         value; the running variance is biased unless `running_var="unbiased"`.
     """
 
+    _axis_option = "feature_axes"
+
     epsilon: float = 1e-6
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -176,10 +178,10 @@ class InstanceNorm(Affine, RunningStats):
     def _feature_axes(self, ndim: int, who: str) -> tuple[int, ...]:
         axes = ax.canonical_axes(self.feature_axes, ndim, who, "feature_axes")
         if 0 in axes:
+            fix = ", or name another: feature_axes=-1." if ndim > 1 else "."
             raise ValueError(
                 f"{who}: feature_axes={self.feature_axes} include the first axis of an input with "
-                f"{ndim} axes, which is that of examples. Add one for the batch, x[None], or name "
-                f"other axes: feature_axes=-1."
+                f"{ndim} axes, which is that of examples. Add one for the batch: x[None]{fix}"
             )
         return axes
 

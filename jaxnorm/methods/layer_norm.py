@@ -139,6 +139,8 @@ class LayerNorm(Affine):
         point or lack axes, an axis named twice.
     """
 
+    _axis_option = "feature_axes"
+
     epsilon: float = 1e-6
     dtype: Any = None
     param_dtype: Any = jnp.float32

@@ -117,6 +117,7 @@ class RMSNorm(Affine):
         From Flax as `LayerNorm` does.
     """
 
+    _axis_option = "feature_axes"
     use_bias: ClassVar[bool] = False
 
     epsilon: float = 1e-6

@@ -10,7 +10,7 @@ Methods are underscored because `nnx.tabulate` wraps public ones.
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 
@@ -34,6 +34,9 @@ class Spec:
 
     Its options `axis_name` and `axis_index_groups` name the mapped axes it pools over.
     """
+
+    _axis_option: ClassVar[str] = "axis"
+    """The option that says where the features are, for messages."""
 
     def _check_options(self: Any, who: str) -> None:
         """Raises ValueError if options contradict each other."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, dataclass_transform
@@ -59,7 +60,8 @@ class Shell(nnx.Module):
     """What all NNX modules of this library share.
 
     Args:
-        num_features: size of the input along its feature axis, or the sizes along several.
+        num_features: size of the input along its feature axis; along several, their sizes in
+            increasing order of axes, or their product, for variables that are flat.
         rngs: random keys for the initializers.
         promote_dtype: called as in Flax, with the input, the variables and `dtype`, it may cast
             the input and the parameters before anything else; statistics stay as they are. By
@@ -83,6 +85,12 @@ class Shell(nnx.Module):
         bias_metadata: Mapping[str, Any] | None,
     ) -> None:
         self._check_options(self._who)
+        options = {field.name for field in dataclasses.fields(self)}
+        if bias_metadata is not None and "use_bias" not in options:
+            raise TypeError(
+                f"{self._who}: bias_metadata={dict(bias_metadata)} was given for no bias. "
+                f"Drop it."
+            )
         metadata = {"scale": scale_metadata or {}, "bias": bias_metadata or {}}
         self.scale, self.bias = nnx.data(None), nnx.data(None)
         # NNX creates variables before it sees an input: the dtypes say whether it will be complex.
@@ -93,7 +101,9 @@ class Shell(nnx.Module):
         ).items():
             key = rngs.params() if collection == "params" else None
             variable = _VARIABLE_TYPES[collection]
-            setattr(self, name, variable(init(key, shape, dtype), **metadata.get(name, {})))
+            # `scale`, or `scale_target` of a domain's own.
+            tags = metadata.get(name.partition("_")[0], {})
+            setattr(self, name, variable(init(key, shape, dtype), **tags))
         # Used once. Kept, an initializer would tell layers apart that are otherwise alike, and
         # most are closures, which cannot be pickled.
         for field in dataclasses.fields(self):
@@ -111,23 +121,28 @@ class Shell(nnx.Module):
     def _variables(self) -> dict[str, nnx.Variable]:
         return {name: v for name, v in vars(self).items() if isinstance(v, nnx.Variable)}
 
-    def _check_features(self: Any, x: jax.Array) -> None:
+    def _feature_sizes(self: Any, x: jax.Array) -> tuple[int, ...]:
+        """The sizes of `x` along the feature axes, of which `num_features` may be the product."""
         axes = self._feature_axes(x.ndim, self._who)
         found = sizes(x.shape, axes)
-        if found != self._features():
+        if self._features() not in (found, (math.prod(found),)):
             raise ValueError(
                 f"{self._who}: the input of shape {x.shape} has "
                 f"{checks.describe_features(x.shape, axes)}. Set "
-                f"num_features={found[0] if len(found) == 1 else found}, or name the feature axis "
-                f"of the input: axis=..."
+                f"num_features={found[0] if len(found) == 1 else found}, or say where the features "
+                f"are: {self._axis_option}=..."
             )
+        return found
 
     def _normalize(self: Any, x: ArrayLike, mask: ArrayLike | None, **mode: Any) -> jax.Array:
         """One call: normalizes, and stores what changed."""
         array = checks.inexact_array(x, self._who)
-        self._check_features(array)
+        features, flat = self._feature_sizes(array), self._features()
         variables = self._variables()
-        values = {name: variable[...] for name, variable in variables.items()}
+        values = {
+            name: v[...].reshape(features) if v.shape == flat != features else v[...]
+            for name, v in variables.items()
+        }
         if self.promote_dtype is not None:
             array, values = self._promoted(array, values)
         dtype = self.dtype
@@ -138,7 +153,7 @@ class Shell(nnx.Module):
             values, array, mask, dtype, self._who, initializing=False, **mode
         )
         for name, value in changed.items():
-            variables[name][...] = value
+            variables[name][...] = value.reshape(variables[name].shape)
         return y
 
     def _promoted(self: Any, x: jax.Array, values: dict[str, jax.Array]):
