@@ -82,6 +82,22 @@ def test_the_measure_sees_what_flax_keeps():
     assert share >= 3.9
 
 
+@pytest.mark.parametrize(
+    ("name", "flax_keeps"),
+    [("LayerNorm", 6), ("RMSNorm", 6), ("GroupNorm", 4), ("InstanceNorm", 4)],
+)
+def test_the_row_norms_keep_less_than_flaxs(name, flax_keeps):
+    x = jnp.ones((8, 16, 16, 256), jnp.bfloat16)
+
+    def kept(library):
+        layer = getattr(library, name)(dtype=jnp.bfloat16)
+        variables = layer.init(jax.random.key(0), x)
+        return share_of_input(lambda x: layer.apply(variables, x), x)
+
+    assert kept(jaxnorm.linen) <= 1.05
+    assert kept(nn) >= flax_keeps - 0.1
+
+
 def residuals_in_scan(layer_class):
     """The same for a stack of scanned layers, where XLA cannot recompute on its own."""
 

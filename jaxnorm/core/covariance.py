@@ -24,7 +24,7 @@ from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, Devices, devices
 from jaxnorm.core.feature_groups import feature_axis, group_shape, split
 from jaxnorm.core.matrix_roots import symmetric
-from jaxnorm.core.moments import Parts, clean, elements, reciprocal
+from jaxnorm.core.moments import clean, elements, reciprocal, weighted_sums
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +112,9 @@ def pooled_jointly(
     """
     means = lax.stop_gradient(view(source))
     parts = elements(means.shape, axes, over)
-    total, pivot = _first_estimate(count, means, parts)
+    total, weighted_means = weighted_sums(count, means, parts)
+    share = reciprocal(total)
+    pivot = weighted_means * share
     batch = tuple(axis for axis in range(means.ndim - 1) if axis not in axes)
 
     def local_sums(source: jax.Array, cov: jax.Array | None):
@@ -132,7 +134,6 @@ def pooled_jointly(
     first, second = jax.checkpoint(local_sums, prevent_cse=False)(source, cov)
     if over is not None:
         first, second = over.sum(first, second)
-    share = reciprocal(total)
     total, share, pivot = (
         value.squeeze(axes) if isinstance(value, jax.Array) else value
         for value in (total, share, pivot)
@@ -143,19 +144,6 @@ def pooled_jointly(
     # Added to zeros of the mean, the count has its shape.
     count = (jnp.zeros_like(first) + total)[..., 0]
     return Comoments(count, pivot + first, cov)
-
-
-def _first_estimate(
-    count: jax.Array | float, means: jax.Array, parts: Parts
-) -> tuple[jax.Array | float, jax.Array]:
-    """The total count, and the mean as it comes out of a single sum; no gradient passes."""
-    if isinstance(count, float) and parts.parts is not None:
-        total = count * parts.parts
-        (weighted,) = parts.sum(count * means)
-    else:
-        ones = jnp.ones((1,) * means.ndim, means.dtype)
-        total, weighted = parts.sum(count * ones, count * means)
-    return total, weighted * reciprocal(total)
 
 
 def _sharding_along(batch: tuple[int, ...], offset: jax.Array) -> NamedSharding | None:

@@ -158,25 +158,33 @@ def reciprocal(count: jax.Array | float) -> jax.Array | float:
     return jnp.where(positive, 1 / jnp.where(positive, count, jnp.ones_like(count)), 0)
 
 
+def weighted_sums(
+    count: jax.Array | float, value: jax.Array, parts: Parts
+) -> tuple[jax.Array | float, jax.Array]:
+    """The total count of all parts, and the sum of their values times their counts.
+
+    A `count` given as a Python number is the same for all parts and known at trace time: it costs
+    no sum and no traffic.
+    """
+    if isinstance(count, float) and parts.parts is not None:
+        (weighted,) = parts.sum(count * value)
+        return count * parts.parts, weighted
+    ones = jnp.ones((1,) * value.ndim, precision.real_dtype(value.dtype))
+    total, weighted = parts.sum(count * ones, count * value)
+    return total, weighted
+
+
 def pooled(
     count: jax.Array | float, mean: jax.Array | None, var: jax.Array, parts: Parts
 ) -> tuple[jax.Array | float, jax.Array | None, jax.Array]:
     """The one pooling formula (see the top of this file): count, mean and variance of all `parts`.
-
-    A `count` given as a Python number is the same for all parts and known at trace time: it costs
-    no sum and no traffic.
 
     Numerics: the deviations are taken from a first estimate of the mean, and what they miss of the
     true mean is put right afterwards. All sums that matter are then of small numbers, so that the
     result keeps its digits at a mean of many standard deviations, also for the mean itself. The
     first estimate cancels out of the result, so no derivative needs to pass through it.
     """
-    first_sum = count * (var if mean is None else mean)
-    if isinstance(count, float) and parts.parts is not None:
-        total = count * parts.parts
-        (weighted,) = parts.sum(first_sum)
-    else:
-        total, weighted = parts.sum(count * jnp.ones((1,) * var.ndim, var.dtype), first_sum)
+    total, weighted = weighted_sums(count, var if mean is None else mean, parts)
     share = reciprocal(total)
     if mean is None:
         return total, None, weighted * share
