@@ -108,6 +108,13 @@ def nnx_layer(x, cls: type[nnx.Module] = jaxnorm.nnx.BatchNorm, seed: int = 0, *
 FRAMEWORKS = {"linen": linen_layer, "nnx": nnx_layer}
 FLAX = {"linen": nn.BatchNorm, "nnx": nnx.BatchNorm}
 OURS = {"linen": jaxnorm.linen.BatchNorm, "nnx": jaxnorm.nnx.BatchNorm}
+OUR_OPTIONS = {
+    "debias",
+    "running_var",
+    "skip_nonfinite",
+    "update_stats",
+    "zero_centered_scale",
+}
 
 
 def shapes(framework: str, cls: type, x: Any, **options):

@@ -97,7 +97,7 @@ def test_devices_together_are_one(x64, quick_compile, arrays, context, mask):
     chex.assert_trees_all_close(everything(together, *arrays), everything(alone, *arrays), **CLOSE)
 
 
-@pytest.mark.parametrize("mask", ["no mask", "per feature"])
+@pytest.mark.parametrize("mask", [pytest.param("no mask", marks=pytest.mark.slow), "per feature"])
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_groups_of_devices_are_batches_of_their_own(x64, quick_compile, arrays, context, mask):
     """Groups of different sizes, also where JAX has no collective over groups."""

@@ -102,8 +102,14 @@ def train_linen(model, variables, x, targets, stats_of_inference=None) -> Run:
     return Run(y, gradients, params, (first_stats, stats), inference)
 
 
+# The default run takes each model, and each precision with the first, a run with -m slow the rest.
 LINEN_RUNS = [
-    pytest.param(*model, *precision, id=f"{name}, {bits}")
+    pytest.param(
+        *model,
+        *precision,
+        id=f"{name}, {bits}",
+        marks=() if bits == "float32" or name == "ResNet with BatchNorm" else pytest.mark.slow,
+    )
     for name, model in LINEN_MODELS.items()
     for bits, precision in PRECISIONS.items()
     if bits != "bfloat16" or name in ("ResNet with BatchNorm", "Transformer with LayerNorm")

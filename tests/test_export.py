@@ -8,7 +8,7 @@ from jax import export
 from subjects import EACH, drawn
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 @EACH
 def test_a_training_step_lowers_everywhere(subject, dtype):
     x, mask = subject.input(dtype), subject.some_mask()

@@ -22,6 +22,7 @@ from modules import (
     FRAMEWORKS,
     IMAGES,
     NORMAL,
+    OUR_OPTIONS,
     OURS,
     USES,
     LinenNet,
@@ -123,7 +124,6 @@ def test_same_dtype_of_the_result(framework, input_dtype, param_dtype):
 
 # Signatures
 
-OUR_OWN_OPTIONS = {"debias", "running_var", "update_stats", "skip_nonfinite"}
 OTHER_DEFAULTS = {"promote_dtype", "scale_metadata", "bias_metadata"}
 
 
@@ -144,7 +144,7 @@ SIGNATURES = {
 @pytest.mark.parametrize(("flaxs", "ours"), SIGNATURES.values(), ids=SIGNATURES)
 def test_same_arguments_defaults_and_positions(flaxs, ours):
     flaxs, ours = parameters(flaxs), parameters(ours)
-    assert set(ours) - set(flaxs) <= OUR_OWN_OPTIONS
+    assert set(ours) - set(flaxs) <= OUR_OPTIONS
     assert {name: p.kind for name, p in ours.items() if name in flaxs} == {
         name: p.kind for name, p in flaxs.items()
     }

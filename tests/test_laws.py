@@ -74,7 +74,9 @@ def test_compiled_is_eager_and_mapped_is_one_by_one(framework, subject):
 
 
 @WIDE
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(
+    "masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "masked"]
+)
 @EACH
 def test_derivatives_of_two_orders(subject, masked):
     """Along a line through input and parameters: forward, reverse, both orders of both, and finite
@@ -110,7 +112,7 @@ def test_derivatives_of_two_orders(subject, masked):
         np.testing.assert_allclose(found[order], expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("harm", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("harm", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow), 3e38])
 @EACH
 def test_what_is_masked_reaches_nothing(subject, harm):
     x, mask = subject.input(), subject.some_mask()
@@ -149,7 +151,7 @@ def test_nothing_valid_moves_nothing(subject):
     assert moved == set()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 @EACH
 def test_narrow_input_is_rounded_once(subject, dtype):
     """The same as of float32 input with the same values, rounded; the state is the same."""
@@ -245,8 +247,14 @@ def test_input_and_statistics_are_all_that_is_kept(subject):
     assert 0.99 <= kept / x.nbytes <= 1.05
 
 
-@pytest.mark.parametrize("mode", ["dtype promotion", "debug nans", "tracer leaks"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [
+        ("dtype promotion", jnp.bfloat16),
+        ("debug nans", jnp.float32),
+        ("tracer leaks", jnp.float32),
+    ],
+)
 @EACH
 def test_strict_modes(subject, dtype, mode):
     contexts = {

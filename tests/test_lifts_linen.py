@@ -9,6 +9,7 @@ from flax import linen as nn
 from modules import takes_mode
 from subjects import EACH, drawn
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 LAYERS = 3
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from modules import num_features, state_of, takes_mode
 from subjects import EACH, drawn
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 LAYERS = 3
 
 

@@ -178,7 +178,7 @@ def training_step(x, scale, bias, where):
     return value, gradients, running, inference
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 @pytest.mark.parametrize("mode", ["dtype promotion", "debug nans", "tracer leaks"])
