@@ -47,7 +47,9 @@ def cite(*what: Any, inputs: Sequence[Any] = (), file: TextIO | None = None, **c
 def _methods(what: Any, inputs: Sequence[Any], call: dict[str, Any]) -> list[Method]:
     if isinstance(what, str) or (callable(what) and hasattr(what, "__name__")):
         name = what if isinstance(what, str) else what.__name__
+        home = getattr(what, "__module__", None)  # other functions of a method's file
         named = [m for m in METHODS if name in (m.name, m.function.__name__)]
+        named = named or [m for m in METHODS if home == m.function.__module__]
         if not named:
             raise ValueError(
                 f"cite: no method is called {name!r}. Use one of "

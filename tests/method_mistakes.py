@@ -98,6 +98,44 @@ MISTAKES_WITH_METHODS = [
         r"^ema: the old estimate has a mean and.*mean=None.*use_mean=True",
     ),
     Row(
+        "domain by position",
+        lambda: nnx_layer("AdaBN", 6, domains=("a", "b"))(X, "b"),
+        TypeError,
+        r"^AdaBN\(num_features=6\): use_running_average='b' must be.*domain='b'",
+    ),
+    Row(
+        "statistics of no domain",
+        lambda: jaxnorm.adabn(X, jaxnorm.moments(X, (0, 1)).stats(), domain="b"),
+        TypeError,
+        r"^adabn: needs the statistics of each domain.*found Stats.*\{'b': jaxnorm\.Stats",
+    ),
+    Row(
+        "limit that is text",
+        lambda: jaxnorm.linen.BatchRenorm(rmax="3", use_running_average=False).init(KEY, X),
+        TypeError,
+        r"^BatchRenorm: rmax='3' must be a number.*rmax=3\.0",
+    ),
+    Row(
+        "steps that are no integer",
+        lambda: jaxnorm.linen.SpectralNorm(nn.Dense(3), n_steps=1.5).init(
+            KEY, X, update_stats=True
+        ),
+        TypeError,
+        r"^SpectralNorm: n_steps=1\.5 must be an integer.*n_steps=1",
+    ),
+    Row(
+        "mask of one value",
+        lambda: jaxnorm.layer_norm(X, where=True),
+        ValueError,
+        r"^layer_norm: the mask is a single value.*\(4, 1, 1\)",
+    ),
+    Row(
+        "epsilon that is a number in text",
+        lambda: jaxnorm.layer_norm(X, epsilon="1e-5"),
+        TypeError,
+        r"^layer_norm: epsilon='1e-5'.*epsilon=1e-5",
+    ),
+    Row(
         "metadata of a bias that there is not",
         lambda: nnx_layer("RMSNorm", 6, bias_metadata={"a": 1}),
         TypeError,

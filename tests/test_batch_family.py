@@ -421,3 +421,18 @@ def test_population_statistics_are_exact():
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=2e-4)
     averaged = np.mean([batch.var(0) for batch in batches], 0)
     assert abs(averaged / population.var - 1).max() > 0.1, "an average of variances is another"
+
+
+def test_the_domain_of_a_whole_model():
+    """Where a call cannot name it: by an option, or in NNX by a view of the model."""
+    x = draw((6, 4)) + 3
+    rngs = nnx.Rngs(0)
+    layer = jaxnorm.nnx.AdaBN(4, domains=("a", "b"), momentum=0.0, rngs=rngs)
+    model = nnx.Sequential(layer, nnx.relu)
+    nnx.view(model, domain="b")(x)
+    np.testing.assert_allclose(layer.mean_b[...], x.mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(layer.mean[...], 0)
+    linen = jaxnorm.linen.AdaBN(domains=("a", "b"), domain="b", momentum=0.0)
+    variables = linen.init(jax.random.key(0), x, False)
+    _, new = linen.apply(variables, x, False, mutable=["batch_stats"])
+    np.testing.assert_allclose(new["batch_stats"]["mean_b"], x.mean(0), rtol=1e-5)

@@ -430,3 +430,11 @@ def test_a_layer_called_twice():
     variables = init(mine)
     chex.assert_trees_all_close(variables, init(flaxs), rtol=1e-6)
     assert_close(*step_both(mine, flaxs, variables))
+
+
+def test_weight_norm_starts_as_flaxs_for_any_scale():
+    options = {"scale_init": nn.initializers.constant(2.0)}
+    flaxs, found = (
+        jax.jit(library.WeightNorm(nn.Dense(4), **options).init)(KEY, X) for library in (nn, ours)
+    )
+    chex.assert_trees_all_close(found, flaxs, rtol=1e-6)

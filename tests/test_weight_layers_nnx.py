@@ -331,3 +331,12 @@ def test_options_reach_the_weights():
     assert make("WeightNorm", use_scale=False).scales is None
     narrow = make("SpectralNorm", param_dtype=jnp.bfloat16)
     assert {v.dtype for v in narrow.batch_stats.values()} == {np.dtype(np.float32)}
+
+
+def test_a_view_freezes_spectral_norm():
+    layer = ours.SpectralNorm(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    before = jax.tree.map(jnp.array, nnx.state(layer))
+    nnx.view(layer, update_stats=False)(jnp.ones((1, 2)))
+    chex.assert_trees_all_equal(nnx.state(layer), before)
+    layer(jnp.ones((1, 2)))
+    assert not np.array_equal(layer.batch_stats[("kernel", "u")][...], jax.tree.leaves(before)[-1])

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import whitening_oracles as oracles
+from jax import export
 from whitening_cases import CASES, case_of, check_derivatives, data
 
+import jaxnorm
 from jaxnorm.core import matrix_roots
 from jaxnorm.core.covariance import JointStats, comoments, merge_comoments, pool_comoments
 from jaxnorm.methods.whitening import color, coloring_matrix, whiten, whitening_matrix
@@ -199,3 +201,28 @@ def test_pca_does_not_depend_on_the_signs_eigh_chose(x64):
         whiten(a, comoments(a).stats(), kind="pca") for a in (x, np.ascontiguousarray(x[:, ::-1]))
     ]
     np.testing.assert_allclose(*components, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["zca", "pca"])
+def test_features_of_very_different_scale(kind):
+    """What float32 cannot tell from rounding is left small, not blown up."""
+    x = (data(500, 6) * np.logspace(0, 6, 6)).astype(np.float32)
+    y = jaxnorm.whiten(x, jaxnorm.comoments(x).stats(), kind=kind, epsilon=0)
+    variances = np.linalg.eigvalsh(np.cov(np.float64(y).T, bias=True))
+    assert variances[-1] < 1.1
+    assert (np.abs(variances - 1) < 0.02).sum() >= 3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_lowers_for_a_batch_of_unknown_size(masked):
+    def whitened(x):
+        where = x[:, :1] > 0 if masked else None
+        return jaxnorm.iter_norm(x, where=where)[0], jaxnorm.comoments(x, where=where).stats()
+
+    (size,) = export.symbolic_shape("b")
+    exported = export.export(jax.jit(whitened))(jax.ShapeDtypeStruct((size, 4), jnp.float32))
+    x = jnp.asarray(data(7, 4), jnp.float32)
+    for found, expected in zip(
+        jax.tree.leaves(exported.call(x)), jax.tree.leaves(whitened(x)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

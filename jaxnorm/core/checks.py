@@ -41,13 +41,16 @@ def static_epsilon(epsilon: float, who: str) -> float:
         TypeError: it is no number, or is traced, so that its value is not known.
         ValueError: it is negative or NaN.
     """
+    message = (
+        f"{who}: epsilon={epsilon!r} must be a number that is known when the function is traced. "
+        f"Use epsilon=1e-5, or add what varies to the variance yourself."
+    )
+    if isinstance(epsilon, str):
+        raise TypeError(message)
     try:
         epsilon = float(epsilon)
     except (TypeError, ValueError) as error:  # what JAX raises on tracers is a TypeError
-        raise TypeError(
-            f"{who}: epsilon={epsilon!r} must be a number that is known when the function is "
-            f"traced. Use epsilon=1e-5, or add what varies to the variance yourself."
-        ) from error
+        raise TypeError(message) from error
     if not epsilon >= 0:
         raise ValueError(
             f"{who}: epsilon={epsilon} is added to a variance and must be 0 or more. "
@@ -77,6 +80,11 @@ def boolean_mask(where: ArrayLike | None, shape: tuple[int, ...], who: str) -> j
     if where is None:
         return None
     where = jnp.asarray(where)
+    if where.ndim == 0:
+        raise ValueError(
+            f"{who}: the mask is a single value, but must say of each element whether it counts. "
+            f"Drop it, or use a mask of shape {(*shape[:1], *(1 for _ in shape[1:]))}."
+        )
     if not (where.dtype == jnp.bool_ or jnp.issubdtype(where.dtype, jnp.integer)):
         raise TypeError(
             f"{who}: the mask is {where.dtype}, but says of each element only whether it counts, "

@@ -135,7 +135,7 @@ def pooled_jointly(
     if over is not None:
         first, second = over.sum(first, second)
     total, share, pivot = (
-        value.squeeze(axes) if isinstance(value, jax.Array) else value
+        value.squeeze(axes) if isinstance(value, jax.Array) and value.ndim else value
         for value in (total, share, pivot)
     )
     first = first * share
@@ -157,7 +157,7 @@ def _sharding_along(batch: tuple[int, ...], offset: jax.Array) -> NamedSharding 
 
 def _per_matrix(weight: jax.Array | float) -> jax.Array | float:
     """A weight of vectors [..., k], for matrices [..., k, k]."""
-    return weight[..., None] if isinstance(weight, jax.Array) else weight
+    return weight[..., None] if isinstance(weight, jax.Array) and weight.ndim else weight
 
 
 def joint_input(x: ArrayLike, who: str) -> jax.Array:

@@ -36,10 +36,12 @@ def symmetric(matrix: jax.Array) -> jax.Array:
 def eigenvalues_and_vectors(matrix: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues [..., k] of S + epsilon I for symmetric S, increasing, and eigenvectors.
 
-    What rounding made negative in S is taken for 0.
+    Those of S below what rounding can tell from 0, beside the largest, are taken for that much:
+    taken for 0, their directions would be blown up. In float32 that is k 1e-7 of the largest.
     """
     values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
-    return jnp.maximum(values, 0) + epsilon, vectors
+    resolved = matrix.shape[-1] * float(jnp.finfo(matrix.dtype).eps) * values[..., -1:]
+    return jnp.maximum(jnp.maximum(values, resolved), 0) + epsilon, vectors
 
 
 @partial(jax.jit, static_argnames="epsilon", inline=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxnorm import methods
@@ -138,11 +139,15 @@ class WeightNorm(methods.WeightNorm, StatelessWeightShell):
     variable_filter: Iterable[str] | None = _KERNELS
 
     def _start(self, values: Any, w: jax.Array, who: str) -> tuple[jax.Array, dict[str, Any]]:
-        """As Flax, which stores the directions only."""
+        """As Flax, which stores the normalized weight; but a scale of 0 leaves its direction."""
         if self.keep_init:
             return w, {}
+        scale = values.get("scale")
+        if scale is not None:
+            scale = nn.unbox(scale)
+            scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
         axis, epsilon = self.feature_axes, self.epsilon
-        return methods.weight_norm(w, axis=axis, epsilon=epsilon, who=who), {}
+        return methods.weight_norm(w, scale, axis=axis, epsilon=epsilon, who=who), {}
 
 
 class SpectralNorm(methods.SpectralNorm, WeightShell):

@@ -58,8 +58,8 @@ def adabn(
         The result, of the shape of `x`.
 
     Raises:
-        TypeError, ValueError: as `batch_norm_inference`; ValueError also for a domain that has no
-            statistics.
+        TypeError, ValueError: as `batch_norm_inference`; TypeError also for statistics without
+            names, ValueError for a domain that has none.
 
     Numerics:
         As `batch_norm_inference`.
@@ -77,6 +77,11 @@ def adabn(
     Source:
         Li et al. 2016 (arXiv:1603.04779), Algorithm 1.
     """
+    if not isinstance(stats, Mapping):
+        raise TypeError(
+            f"{who}: needs the statistics of each domain by its name, found "
+            f"{type(stats).__name__}. Use {{{domain!r}: jaxnorm.Stats(mean, var)}}."
+        )
     check_domain(domain, tuple(stats), who)
     return batch_norm_inference(
         x,
@@ -108,7 +113,8 @@ class AdaBN(BatchNorm):
     """Batch normalization with running statistics per domain, for `jaxnorm.linen`, `jaxnorm.nnx`.
 
     A call names its domain: `layer(x, use_running_average, domain="sketches")`. It uses the
-    variables of that domain and moves no others.
+    variables of that domain and moves no others. In a network that cannot hand the name on, such as
+    `nnx.Sequential`, it is an option of the layers.
 
     Variables: those of `BatchNorm` for the first domain, under the same names, so that a checkpoint
     of `BatchNorm` is one of this layer; for each other domain `mean_<domain>`, `var_<domain>` and,
@@ -116,10 +122,13 @@ class AdaBN(BatchNorm):
     `scale_<domain>` and `bias_<domain>`.
 
     In Linen, variables of a call's domain that a checkpoint lacks: statistics start at (0, 1) with
-    its first training call, and there is an error in inference, and for parameters.
+    its first training call, and there is an error in inference, and for parameters. In NNX all
+    variables are there from the start, so that inference on a domain without training is by (0, 1).
 
     Args:
-        domains: the names of the domains. The first is that of calls that name none.
+        domains: the names of the domains; the first has the variables' plain names.
+        domain: that of calls that name none; None for the first. In NNX it can be set for a whole
+            model: `nnx.view(model, domain="sketches")`.
         separate_affine: whether each domain has its own `scale` and `bias`, not only statistics.
         use_running_average, axis, momentum, epsilon, dtype, param_dtype, use_bias, use_scale,
             bias_init, scale_init, axis_name, axis_index_groups, use_fast_variance,
@@ -141,15 +150,22 @@ class AdaBN(BatchNorm):
 
     _: dataclasses.KW_ONLY
     domains: Sequence[str]
+    domain: str | None = None
     separate_affine: bool = False
 
     def _check_options(self, who: str) -> None:
         super()._check_options(who)
-        if isinstance(self.domains, str) or not self.domains:
+        if (
+            not isinstance(self.domains, Sequence)
+            or isinstance(self.domains, str)
+            or not self.domains
+        ):
             raise ValueError(
                 f"{who}: domains={self.domains!r} must be a sequence of one name or more. "
                 f"Use domains=('source', 'target')."
             )
+        if self.domain is not None:
+            check_domain(self.domain, tuple(self.domains), who)
         if len(set(self.domains)) != len(self.domains):
             raise ValueError(
                 f"{who}: domains={tuple(self.domains)} names a domain twice. "
@@ -187,6 +203,7 @@ class AdaBN(BatchNorm):
         domain: str | None = None,
         **mode: Any,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        domain = self.domain if domain is None else domain
         domain = self.domains[0] if domain is None else domain
         check_domain(domain, tuple(self.domains), who)
         features = ax.sizes(x.shape, self._feature_axes(x.ndim, who))

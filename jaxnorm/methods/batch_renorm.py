@@ -77,7 +77,7 @@ def batch_renorm(
         the limits.
 
     Raises:
-        TypeError: as `batch_norm`, and for `running` that are no `Stats`.
+        TypeError: as `batch_norm`, and for `running` that are no `Stats` or limits that are none.
         ValueError: as `batch_norm`; `running` that do not fit; a number `rmax` below 1 or `dmax`
             below 0.
         NameError: `axis_name` is not bound.
@@ -152,9 +152,14 @@ def _limited(value: jax.Array, largest: jax.Array) -> jax.Array:
 
 
 def _check_limits(rmax: Any, dmax: Any, who: str) -> None:
-    """Raises ValueError for limits that are numbers and allow not even batch norm."""
+    """Raises TypeError for no numbers, ValueError for such that allow not even batch norm."""
     numbers: Any = (int, float, np.generic)
     for name, value, least in (("rmax", rmax, 1), ("dmax", dmax, 0)):
+        if value is None or isinstance(value, str):
+            raise TypeError(
+                f"{who}: {name}={value!r} must be a number, or in a layer a schedule of the step. "
+                f"Use rmax=3.0, dmax=5.0."
+            )
         if isinstance(value, numbers) and not value >= least:
             raise ValueError(
                 f"{who}: {name}={value} must be {least} or more: rmax=1, dmax=0 correct nothing, "
@@ -283,8 +288,9 @@ class BatchRenorm(BatchNorm):
 
     Variables: those of `BatchNorm`, with the same names, shapes and dtypes, and `step` in
     `batch_stats` (NNX: `nnx.BatchStat`), an int32 scalar that counts the training calls that moved
-    the statistics. A checkpoint of `BatchNorm` can be loaded: where `step` is missing, inference
-    does without, and training starts the schedules anew.
+    the statistics. A checkpoint of `BatchNorm` can be loaded in Linen: where `step` is missing,
+    inference does without, and training starts the schedules anew and adds it. To train on inside
+    `jax.lax.scan`, which wants a state that stays alike, add it before: `jnp.zeros((), jnp.int32)`.
 
     Args:
         rmax: limit of r: a number, 1 or more, or a schedule of `step`, as Optax's are. 1 together
@@ -296,8 +302,9 @@ class BatchRenorm(BatchNorm):
             zero_centered_scale, debias, update_stats, skip_nonfinite: as in `BatchNorm`.
 
     Raises:
-        TypeError, ValueError, NameError: as `BatchNorm`; ValueError also for a number `rmax` below
-            1 or `dmax` below 0, and for `running_var="unbiased"`.
+        TypeError, ValueError, NameError: as `BatchNorm`; TypeError also for limits that are neither
+            numbers nor schedules, ValueError for a number `rmax` below 1 or `dmax` below 0, and for
+            `running_var="unbiased"`.
 
     Source:
         Ioffe 2017 (arXiv:1702.03275), Algorithm 1; section 4 for the schedules and the momentum.

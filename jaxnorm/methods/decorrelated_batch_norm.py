@@ -84,6 +84,7 @@ def decorrelated_batch_norm(
         eigendecomposition, yet all its derivatives are finite and right, also at equal eigenvalues.
         Rounding errors in directions without variance are multiplied by epsilon^(-1/2), and again
         in each derivative: with features that are alike or constant choose epsilon above 1e-4.
+        Variances below the rounding of a group's largest are not whitened, see `whitening_matrix`.
         For the backward pass `x` and matrices of group size are kept.
 
     Example:

@@ -113,7 +113,8 @@ class InstanceNorm(Affine, RunningStats):
     """Instance normalization, for `jaxnorm.linen` and `jaxnorm.nnx`.
 
     A drop-in for Flax's `InstanceNorm`: the same arguments, variables, defaults and results. The
-    first axis of the input is that of examples.
+    first axis of the input is that of examples. An input without spatial axes, `[batch, features]`,
+    becomes the bias, since each value is its own mean.
 
     Variables, each of the shape of the input along the feature axes: `scale` and `bias` in `params`
     (NNX: `nnx.Param`), and with `track_running_stats` `mean`, `var` and perhaps `updates` in

@@ -50,6 +50,7 @@ class RunningStats(Spec):
         What the call says goes before what the layer says.
 
         Raises:
+            TypeError: `use_running_average` is text.
             ValueError: nothing says which statistics to use, or the two contradict each other.
         """
         frozen = self.use_running_average if use_running_average is None else use_running_average
@@ -58,6 +59,11 @@ class RunningStats(Spec):
                 f"{who}: use_running_average is missing, so it is not known whether this is "
                 f"training or inference. Pass use_running_average=False to train and True for "
                 f"inference, to the call or to the constructor."
+            )
+        if isinstance(frozen, str):
+            raise TypeError(
+                f"{who}: use_running_average={frozen!r} must be True or False. Give other "
+                f"arguments by name: domain={frozen!r}."
             )
         if frozen and update_stats:
             raise ValueError(

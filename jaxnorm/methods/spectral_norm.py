@@ -14,6 +14,7 @@ normalization of activations does more.
 """
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
@@ -150,6 +151,8 @@ def _real_matrix(w: ArrayLike, who: str) -> jax.Array:
 
 
 def _check_steps(n_steps: int, who: str) -> None:
+    if not isinstance(n_steps, numbers.Integral):
+        raise TypeError(f"{who}: n_steps={n_steps!r} must be an integer. Use n_steps=1.")
     if n_steps < 1:
         raise ValueError(
             f"{who}: n_steps={n_steps} finds no singular value: at least one step of power "
@@ -171,10 +174,11 @@ class SpectralNorm(WeightSpec):
     """Spectral normalization of a layer's weights, for `jaxnorm.linen` and `jaxnorm.nnx`.
 
     A wrapper of any layer; a drop-in for Flax's `SpectralNorm`: the same arguments, variables and
-    defaults, and the same results in training. Weights with two axes or more are normalized, those
-    with fewer left as they are. Beside each are the statistics `u`, of shape (1, outputs), and
-    `sigma`, in float32, or float64 if `param_dtype` is. They are right from the first moment, never
-    change dtype or structure, and no gradient flows into them.
+    defaults, and in Linen the same results in training. Weights with two axes or more are
+    normalized, those with fewer left as they are. Beside each are the statistics `u`, of shape
+    (1, outputs), and `sigma`, in float32, or float64 if `param_dtype` is. They hold the result of a
+    first power iteration from the start, never change dtype or structure, and no gradient flows
+    into them.
 
     Args:
         layer_instance: the layer whose weights are normalized.
@@ -202,7 +206,7 @@ class SpectralNorm(WeightSpec):
         to date when the variables are created; Flax's are not, so a checkpoint of a model that it
         never trained needs one call with `update_stats=True`. A weight keeps its dtype when it is
         stored. `n_steps` below 1 is refused where Flax leaves weights alone. In NNX, a call changes
-        no stored weight.
+        no stored weight, and `u` has made one step more than Flax's at the first call.
     """
 
     n_steps: int = 1

@@ -15,6 +15,7 @@ convolutions of small kernels, whose mean and variance are no statistics.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
@@ -179,7 +180,7 @@ def _weight_and_axes(
         raise ValueError(
             f"{who}: a weight of shape {w.shape} with outputs along {axis} has "
             f"{ax.extent(w.shape, inputs)} value per output, which has no variance. Leave it out, "
-            f"variable_filter={{'kernel'}}, or name the axes of the outputs, axis=-1."
+            f"by variable_filter if it belongs to a layer, or say along which axes outputs lie."
         )
     return w, axis, inputs
 
@@ -269,7 +270,7 @@ class ScaledWeightStandardization(WeightSpec):
     gain: float = 1.0
 
     def _check_options(self, who: str) -> None:
-        if not isinstance(self.gain, (int, float)):
+        if not isinstance(self.gain, numbers.Real):
             raise TypeError(
                 f"{who}: gain={self.gain!r} is no number. For the gain after a relu use "
                 f"gain=ACTIVATION_GAINS['relu']; a learned one is there with use_scale=True."

@@ -51,7 +51,9 @@ def whitening_matrix(stats: JointStats, *, kind: Kind = "zca", epsilon: float = 
 
     Numerics:
         All derivatives of the ZCA matrix are right, also at equal eigenvalues. The PCA matrix has
-        none there: its axes are then a choice, and its derivatives are NaN or infinite.
+        none there: its axes are then a choice, and its derivatives are NaN or infinite. Variances
+        below the rounding of the largest, k 1e-7 of it in float32, are taken for that much:
+        whitened data varies less there. Standardize features of very different scale first.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm

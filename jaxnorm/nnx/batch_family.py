@@ -94,6 +94,23 @@ class AdaBN(methods.AdaBN, RunningStatsShell):
         mode = dict(use_running_average=frozen, update_stats=moves)
         return self._normalize(x, mask, domain=domain, **mode)
 
+    def set_view(
+        self,
+        use_running_average: bool | None = None,
+        update_stats: bool | None = None,
+        domain: str | None = None,
+    ) -> None:
+        """Changes options; `nnx.view(model, ...)` calls it for all layers of a model.
+
+        Args:
+          use_running_average: True for inference, False for training; None leaves it as it is.
+          update_stats: whether training moves the running statistics; None leaves it as it is.
+          domain: that of calls that name none; None leaves it as it is.
+        """
+        super().set_view(use_running_average, update_stats)
+        if domain is not None:
+            self.domain = domain
+
 
 @module
 class SwitchableNorm(methods.SwitchableNorm, RunningStatsShell):

@@ -88,8 +88,7 @@ class Shell(nnx.Module):
         options = {field.name for field in dataclasses.fields(self)}
         if bias_metadata is not None and "use_bias" not in options:
             raise TypeError(
-                f"{self._who}: bias_metadata={dict(bias_metadata)} was given for no bias. "
-                f"Drop it."
+                f"{self._who}: bias_metadata={dict(bias_metadata)} was given for no bias. Drop it."
             )
         metadata = {"scale": scale_metadata or {}, "bias": bias_metadata or {}}
         self.scale, self.bias = nnx.data(None), nnx.data(None)

@@ -191,15 +191,20 @@ class SpectralNorm(methods.SpectralNorm, WeightShell):
         update_stats = not self.use_running_average if update_stats is None else update_stats
         return self._call_layer((x,), kwargs, update_stats=update_stats)
 
-    def set_view(self, use_running_average: bool | None = None) -> None:
+    def set_view(
+        self, use_running_average: bool | None = None, update_stats: bool | None = None
+    ) -> None:
         """Changes options; `nnx.view(model, ...)` calls it for all layers of a model.
 
         Args:
           use_running_average: True for inference, False for training; None leaves it as it is.
+          update_stats: False for inference, which is what leaves `u` and `sigma` alone.
         """
         # Indented by two in "Args": `nnx.view_info` reads no other width.
         if use_running_average is not None:
             self.use_running_average = use_running_average
+        if update_stats is not None:
+            self.use_running_average = not update_stats
 
 
 @wrapper
