@@ -123,7 +123,7 @@ ROWS = [
             f"one weight per output, {name}",
             lambda function=function: function(jnp.zeros((1, 3))),
             ValueError,
-            rf"^{name}: .*\(1, 3\) with outputs along \(1,\) has 1 value per output.*along which axes",
+            rf"^{name}: .*\(1, 3\) with outputs along \(1,\) has 1 value per output.*which axes",
         )
         for name, function in FUNCTIONS[1:3]
     ),
