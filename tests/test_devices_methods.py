@@ -11,7 +11,6 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from subjects import SUBJECTS, drawn
 
-import jaxnorm
 from jaxnorm.methods import METHODS
 
 POOLING = {method.name for method in METHODS if method.devices}
@@ -102,10 +101,3 @@ def test_devices_together_are_one(subject, context):
     found = loss_of(mapped, joined)(params, x)
     expected = loss_of(lambda p, x: whole(p, x, mask), lambda y, new: (y, new))(params, x)
     chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_the_registry_says_which_methods_pool():
-    assert {"BatchNorm", "LayerNorm", "GroupNorm"} <= POOLING
-    for method in METHODS:
-        if method.devices and hasattr(jaxnorm.linen, method.name):
-            assert hasattr(method.spec, "_mapped_axes"), method.name
