@@ -123,6 +123,21 @@ MISTAKES_WITH_METHODS = [
         TypeError,
         r"^SpectralNorm: n_steps=1\.5 must be an integer.*n_steps=1",
     ),
+    *(
+        Row(
+            f"input that is {kind}",
+            lambda value=value: jaxnorm.linen.LayerNorm().init(KEY, value),
+            TypeError,
+            rf"^LayerNorm: the input is {kind}, which is no array.*Pass an array",
+        )
+        for kind, value in (("NoneType", None), ("str", "x"), ("list", [[1.0], [2.0, 3.0]]))
+    ),
+    Row(
+        "momentum that is text",
+        lambda: nnx_layer("BatchNorm", 6, momentum="a"),
+        TypeError,
+        r"^BatchNorm\(num_features=6\): momentum='a' must be a number.*momentum=0\.99",
+    ),
     Row(
         "mask of one value",
         lambda: jaxnorm.layer_norm(X, where=True),

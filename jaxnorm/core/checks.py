@@ -16,11 +16,17 @@ def inexact_array(x: ArrayLike, who: str) -> jax.Array:
     """`x` as an array of floating point or complex numbers.
 
     Raises:
-        TypeError: `x` holds integers or booleans, whose statistics would be rounded, or floating
-            point numbers of 8 bits, which JAX does not promote.
+        TypeError: `x` is no array, or holds integers or booleans, whose statistics would be
+            rounded, or floating point numbers of 8 bits, which JAX does not promote.
     """
     # A JAX array is left alone: under jax_debug_nans even a conversion to itself raises on NaN.
-    x = x if isinstance(x, jax.Array) else jnp.asarray(x)
+    try:
+        x = x if isinstance(x, jax.Array) else jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{who}: the input is {type(x).__name__}, which is no array. Pass an array of JAX or "
+            f"NumPy, or nested lists of numbers of equal length."
+        ) from error
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"{who}: the input is {x.dtype}{list(x.shape)}, but statistics need floating point or "

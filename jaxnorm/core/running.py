@@ -245,7 +245,7 @@ def _same_origin(old: Stats, new: Stats, who: str) -> None:
 
 
 def check_averaging(momentum: ArrayLike | None, debias: bool, who: str) -> None:
-    """Raises ValueError if the options of a running average contradict each other."""
+    """Raises if the options of a running average contradict each other, or are none."""
     if momentum is None:
         if debias:
             raise ValueError(
@@ -253,6 +253,11 @@ def check_averaging(momentum: ArrayLike | None, debias: bool, who: str) -> None:
                 f"Drop debias=True, or set momentum=0.99."
             )
         return
+    if isinstance(momentum, str):
+        raise TypeError(
+            f"{who}: momentum={momentum!r} must be a number, the weight of the old value, or None. "
+            f"Use momentum=0.99."
+        )
     if isinstance(momentum, (int, float, np.generic)):
         if not 0 <= momentum <= 1:
             raise ValueError(
