@@ -17,7 +17,7 @@ from jaxnorm.core.devices import devices
 from jaxnorm.core.feature_groups import feature_axis, group_shape
 from jaxnorm.core.running_covariance import update_running_covariance
 from jaxnorm.methods.affine import Affine
-from jaxnorm.methods.running_stats import RunningStats
+from jaxnorm.methods.running_stats import RunningStats, check_width
 from jaxnorm.methods.spec import Slot, Values
 
 
@@ -91,13 +91,7 @@ class RunningCovariance(Affine, RunningStats):
         self: Any, values: Values, stored: JointStats, batch: Comoments, who: str
     ) -> dict[str, jax.Array]:
         """The new values of the running statistics after a batch with this evidence."""
-        for name, leaf in (("mean", stored.mean), ("cov", stored.cov)):
-            if jnp.finfo(leaf.dtype).bits < 32:
-                raise TypeError(
-                    f"{who}: the running {name} is stored as {leaf.dtype}, in which a moving "
-                    f"average stops moving. Store the statistics in float32: "
-                    f"{name}.astype(jnp.float32)."
-                )
+        check_width({"mean": stored.mean, "cov": stored.cov}, who)
         new, updates = update_running_covariance(
             stored,
             lax.stop_gradient(batch),

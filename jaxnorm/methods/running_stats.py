@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -108,7 +109,7 @@ class RunningStats(Spec):
 
         `ddof` is what is taken off the count in its variance, by default what the options say.
         """
-        _check_width(stored, who)
+        check_width({"mean": stored.mean, "var": stored.var}, who)
         new, updates = update_running(
             stored,
             lax.stop_gradient(batch),
@@ -133,8 +134,9 @@ class RunningStats(Spec):
             )
 
 
-def _check_width(stats: Stats, who: str) -> None:
-    for name, leaf in (("mean", stats.mean), ("var", stats.var)):
+def check_width(stored: Mapping[str, jax.Array | None], who: str) -> None:
+    """Raises TypeError for running statistics, by name, that are narrower than float32."""
+    for name, leaf in stored.items():
         if leaf is not None and jnp.finfo(leaf.dtype).bits < 32:
             raise TypeError(
                 f"{who}: the running {name} is stored as {leaf.dtype}, in which a moving average "

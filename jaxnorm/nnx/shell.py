@@ -17,7 +17,7 @@ from jaxnorm.core.axes import sizes
 
 ClassT = TypeVar("ClassT", bound=type)
 
-_VARIABLE_TYPES = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+VARIABLE_TYPES = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
@@ -99,7 +99,7 @@ class Shell(nnx.Module):
             self._features(), is_complex, self._who
         ).items():
             key = rngs.params() if collection == "params" else None
-            variable = _VARIABLE_TYPES[collection]
+            variable = VARIABLE_TYPES[collection]
             # `scale`, or `scale_target` of a domain's own.
             tags = metadata.get(name.partition("_")[0], {})
             setattr(self, name, variable(init(key, shape, dtype), **tags))

@@ -1,16 +1,13 @@
 """NNX modules that wrap a layer and normalize its weights: the shell, and one class per method."""
 
 import dataclasses
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, dataclass_transform
 
 from flax import nnx
 
 from jaxnorm import methods
 from jaxnorm.methods.weight_spec import first_value
-
-ClassT = TypeVar("ClassT", bound=type)
-
-_VARIABLE_TYPES = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+from jaxnorm.nnx.shell import VARIABLE_TYPES, ClassT
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
@@ -60,7 +57,7 @@ class WeightShell(nnx.Module):
         for path in self.paths:
             w, who = params[path][...], self._weight(path)
             variables = {
-                name: _VARIABLE_TYPES[slot.collection](first_value(slot, rngs.params))
+                name: VARIABLE_TYPES[slot.collection](first_value(slot, rngs.params))
                 for name, slot in self._slots(w, who).items()
             }
             values = {name: variable[...] for name, variable in variables.items()}
