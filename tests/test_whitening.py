@@ -13,7 +13,8 @@ from whitening_cases import CASES, case_of, check_derivatives, data
 
 import jaxnorm
 from jaxnorm.core import matrix_roots
-from jaxnorm.core.covariance import JointStats, comoments, merge_comoments, pool_comoments
+from jaxnorm.core.comoments import comoments
+from jaxnorm.core.covariance import JointStats, merge_comoments, pool_comoments
 from jaxnorm.methods.whitening import color, coloring_matrix, whiten, whitening_matrix
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from mistakes import KEY, Row
 
-from jaxnorm.core.covariance import JointStats, comoments, merge_comoments, pool_comoments
+from jaxnorm.core.comoments import comoments
+from jaxnorm.core.covariance import JointStats, merge_comoments, pool_comoments
 from jaxnorm.core.running_covariance import update_running_covariance
 from jaxnorm.linen.whitening import DecorrelatedBatchNorm, IterNorm
 from jaxnorm.methods.decorrelated_batch_norm import (

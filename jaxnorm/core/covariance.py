@@ -20,11 +20,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxnorm.core import axes as ax
-from jaxnorm.core import checks, precision
-from jaxnorm.core.devices import AxisName, Devices, devices
-from jaxnorm.core.feature_groups import feature_axis, group_shape, split
+from jaxnorm.core import checks
+from jaxnorm.core.devices import AxisName, Devices, decide_alike, devices
 from jaxnorm.core.matrix_roots import symmetric
-from jaxnorm.core.moments import clean, elements, reciprocal, weighted_sums
+from jaxnorm.core.moments import shift_along
+from jaxnorm.core.pooling import NEAR, Parts, reciprocal, usable_shift, weighted_sums
 
 
 @jax.tree_util.register_dataclass
@@ -87,66 +87,91 @@ class Comoments:
         )
 
 
+JointLook = Callable[[], tuple[jax.Array | float, jax.Array, jax.Array | None]]
+"""Gives count, mean and covariance of each part."""
+
+
 def pooled_jointly(
-    count: jax.Array | float,
-    source: jax.Array,
-    cov: jax.Array | None,
+    look: JointLook,
+    shape: tuple[int, ...],
     axes: tuple[int, ...],
     over: Devices | None,
-    view: Callable[[jax.Array], jax.Array] = lambda means: means,
+    shift: jax.Array | None = None,
+    epsilon: float = 0.0,
 ) -> Comoments:
     """The pooling formula (see the top of this file), along `axes` and over devices.
 
     Args:
-        count: of each part, `[..., 1]`, with size 1 where parts are alike, or one number for all.
-        source: what holds the means of the parts.
-        cov: their covariances, `[..., k, k]`, or None for parts that are single elements.
+        look: gives the evidence of each part, as in `pooling.pooled`: its count, `[..., 1]`, with
+            size 1 where parts are alike, or one number for all; its mean, `[..., k]`; its
+            covariance, `[..., k, k]`, or None for parts that are single elements.
+        shape: of the means.
         axes: the axes of the means along which the parts lie; not the last.
         over: mapped axes over which parts lie as well, or None.
-        view: takes the means, `[..., k]`, out of `source`. For the backward pass it is done again:
-            `source` is what is kept, together with results of this function.
+        shift: an estimate of the mean, of size 1 along `axes`, or None.
+        epsilon: what will be added to the diagonal of the covariance.
 
-    Numerics: as `moments.pooled`, from which this differs in that products are summed by a matrix
-    product: the deviations are taken from a first estimate of the mean, and what they miss of the
-    true mean is put right afterwards.
+    Numerics: as `pooling.pooled`, from which this differs in that products are summed by a matrix
+    product. By two passes, the second about the mean that the first one found, or by one about a
+    shift that is near enough.
     """
-    means = lax.stop_gradient(view(source))
-    parts = elements(means.shape, axes, over)
-    total, weighted_means = weighted_sums(count, means, parts)
-    share = reciprocal(total)
-    pivot = weighted_means * share
-    batch = tuple(axis for axis in range(means.ndim - 1) if axis not in axes)
+    parts = Parts(shape, axes, over)
 
-    def local_sums(source: jax.Array, cov: jax.Array | None):
-        offset = view(source) - pivot
+    def sums_about(pivot: jax.Array, count, means, cov) -> tuple[jax.Array, jax.Array]:
+        """On this device, of the deviations and of their products."""
+        offset = means - pivot
         weighted = count * offset
+        batch = tuple(axis for axis in range(means.ndim - 1) if axis not in axes)
         second = lax.dot_general(
             weighted,
             offset,
             ((axes, axes), (batch, batch)),
             precision=lax.Precision.HIGHEST,
-            out_sharding=_sharding_along(batch, offset),
+            out_sharding=sharding_along(batch, offset),
         )
         if cov is not None:
             second = second + (_per_matrix(count) * cov).sum(axes)
         return weighted.sum(axes), second
 
-    first, second = jax.checkpoint(local_sums, prevent_cse=False)(source, cov)
-    if over is not None:
-        first, second = over.sum(first, second)
-    total, share, pivot = (
-        value.squeeze(axes) if isinstance(value, jax.Array) and value.ndim else value
-        for value in (total, share, pivot)
-    )
-    first = first * share
-    second = second * _per_matrix(share)
-    cov = symmetric(second - first[..., :, None] * first[..., None, :])
-    # Added to zeros of the mean, the count has its shape.
-    count = (jnp.zeros_like(first) + total)[..., 0]
-    return Comoments(count, pivot + first, cov)
+    def put_together(total, pivot, first, second) -> Comoments:
+        share = reciprocal(total)
+        first, second = first * share, second * _per_matrix(share)
+        cov = symmetric(second - first[..., :, None] * first[..., None, :])
+        # Added to zeros of the mean, the count has its shape.
+        return Comoments((jnp.zeros_like(first) + total)[..., 0], pivot + first, cov)
+
+    def squeezed(value: jax.Array | float) -> jax.Array | float:
+        return value.squeeze(axes) if isinstance(value, jax.Array) and value.ndim else value
+
+    def two_passes() -> Comoments:
+        count, means, cov = look()
+        total, weighted = weighted_sums(count, lax.stop_gradient(means), parts)
+        pivot = weighted * reciprocal(total)
+        sums = sums_about(pivot, count, means, cov)
+        sums = sums if over is None else over.sum(*sums)
+        return put_together(squeezed(total), squeezed(pivot), *sums)
+
+    if shift is None:
+        return two_passes()
+    count, means, cov = look()
+    if not decide_alike(means, over):
+        return two_passes()
+    shift = usable_shift(shift, means, over)
+    sums = sums_about(shift, count, means, cov)
+    if isinstance(count, float) and parts.number is not None:
+        total, rows = count * parts.number, parts.rows_of_local(*sums)
+    else:
+        ones = jnp.ones((1,) * means.ndim, means.dtype)
+        (local,) = Parts(means.shape, axes).sum(count * ones)
+        total, *rows = parts.rows_of_local(local.squeeze(axes), *sums)
+    pivot = jnp.expand_dims(squeezed(shift), 0)
+    evidence = put_together(total, pivot, *rows)
+    var = jnp.diagonal(evidence.cov, axis1=-2, axis2=-1)
+    near = (jnp.square(evidence.mean - pivot) <= NEAR**2 * (var + epsilon)).all()
+    return lax.cond(near, lambda: jax.tree.map(parts.own, evidence), two_passes)
 
 
-def _sharding_along(batch: tuple[int, ...], offset: jax.Array) -> NamedSharding | None:
+def sharding_along(batch: tuple[int, ...], offset: jax.Array) -> NamedSharding | None:
     """How products summed over all but the `batch` axes lie: explicit meshes must be told."""
     sharding = jax.typeof(offset).sharding
     if all(name is None for name in sharding.spec):
@@ -231,89 +256,11 @@ def joint_stats_along(stats: JointStats, shape: tuple[int, ...], axis: int, who:
     return stats
 
 
-def comoments_in_groups(
-    x: jax.Array, axis: int, groups: int, where: jax.Array | None, over: Devices | None
-) -> Comoments:
-    """`comoments` after the door."""
-
-    def grouped(x: jax.Array) -> jax.Array:
-        wide = clean(x, where).astype(precision.accumulation_dtype(x.dtype))
-        return split(wide, axis, groups)
-
-    count = 1.0
-    if where is not None:
-        count = split(where, axis, 1).astype(precision.accumulation_dtype(x.dtype))
-    return pooled_jointly(count, x, None, tuple(range(x.ndim - 1)), over, grouped)
-
-
-def comoments(
-    x: ArrayLike,
-    *,
-    axis: int = -1,
-    num_groups: int | None = 1,
-    group_size: int | None = None,
-    where: ArrayLike | None = None,
-    axis_name: AxisName | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-) -> Comoments:
-    """Count, mean and biased covariance of the features of `x`, in groups, over devices if asked.
-
-        cov = sum (x - mean)(x - mean)^T / n
-
-    Args:
-        x: array of any shape; float or bfloat16. All axes but `axis` are examples.
-        axis: the feature axis.
-        num_groups: number of groups of neighbouring features.
-        group_size: features in a group; give either this or `num_groups`, and None for the other.
-        where: boolean mask with as many axes as `x`, of size 1 along `axis` and of the size of `x`
-            or 1 along the others; True counts. NaN and infinities under the mask reach neither the
-            result nor its derivatives.
-        axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
-            the evidence is pooled, weighted by the number of valid examples on each device.
-        axis_index_groups: groups of indices along `axis_name`; each pools on its own.
-
-    Returns:
-        `Comoments`, in float32 or wider; 0 where nothing is valid. The covariance is exactly
-        symmetric.
-
-    Raises:
-        TypeError: `x` is no real floating point array, or the mask is floating point.
-        ValueError: an axis out of range, a mask that does not fit or differs between features,
-            groups that do not divide the features.
-        NameError: `axis_name` is not bound.
-
-    Numerics:
-        Accumulates in float32 or wider, matrix products included, which no accelerator rounds to
-        fewer bits. The covariance keeps its digits at means of many standard deviations. For the
-        backward pass `x` and results are kept.
-
-    Example:
-        >>> import jax.numpy as jnp, jaxnorm
-        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0], [5.0, jnp.nan]])
-        >>> seen = jaxnorm.comoments(x, where=jnp.array([[True], [True], [False]]))
-        >>> seen.count.tolist(), seen.mean.tolist(), seen.cov.tolist()
-        ([2.0], [[2.0, 20.0]], [[[1.0, 10.0], [10.0, 100.0]]])
-
-    Source:
-        Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", for the merge
-        of two parts.
-    """
-    who = "comoments"
-    x = joint_input(x, who)
-    axis = feature_axis(axis, x.ndim, who)
-    groups, _ = group_shape(x.shape[axis], num_groups, group_size, who)
-    where = joint_mask(where, x.shape, axis, who)
-    over = devices(axis_name, axis_index_groups, who)
-    return _jitted_comoments(x, axis, groups, where, over)
-
-
-_jitted_comoments = jax.jit(comoments_in_groups, static_argnums=(1, 2, 4), inline=True)
-
-
 def pool_comoments(
     stacked: Comoments,
     axes: int | Sequence[int] | None = None,
     *,
+    shift: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Comoments:
@@ -322,6 +269,7 @@ def pool_comoments(
     Args:
         stacked: evidence whose parts lie along `axes`, on the devices of `axis_name`, or both.
         axes: axes of `stacked.count` to pool, which disappear; None for none of them.
+        shift: an estimate of the mean, a number or of its shape, as in `moments`.
         axis_name, axis_index_groups: as in `comoments`.
 
     Returns:
@@ -345,7 +293,8 @@ def pool_comoments(
     axes = () if axes is None else ax.canonical_axes(axes, count.ndim, who, "axes")
     over = devices(axis_name, axis_index_groups, who)
     mean, cov = jnp.asarray(stacked.mean), jnp.asarray(stacked.cov)
-    return pooled_jointly(count[..., None], mean, cov, axes, over)
+    shift = shift_along(shift, mean, axes, who)
+    return pooled_jointly(lambda: (count[..., None], mean, cov), mean.shape, axes, over, shift)
 
 
 def merge_comoments(*parts: Comoments) -> Comoments:

@@ -36,20 +36,31 @@ class Devices(NamedTuple):
 
     def sum(self, *values: jax.Array) -> tuple[jax.Array, ...]:
         """Each value summed over the devices that pool together, by one collective."""
+        return tuple(self.own(rows) for rows in self.sum_by_group(*values))
+
+    def sum_by_group(self, *values: jax.Array) -> tuple[jax.Array, ...]:
+        """Each value summed over the devices of each group: one row a group, along a new axis 0."""
         if self.group_of is None:
-            return lax.psum(values, self.names)
+            return tuple(jnp.expand_dims(total, 0) for total in lax.psum(values, self.names))
         # JAX has no collective over groups under vmap and under shard_map's default checks. A table
         # with one row a group, zero but for the own row, is summed over all devices instead.
-        own = jnp.asarray(self.group_of)[lax.axis_index(self.names)]
-        rows = jnp.arange(max(self.group_of) + 1) == own
+        rows = jnp.arange(max(self.group_of) + 1) == self._own_group()
 
         def table(value: jax.Array) -> jax.Array:
             # Selected, not multiplied: a NaN of one group must not reach the rows of another.
             row = jnp.expand_dims(value, 0)
             return jnp.where(rows.reshape((-1,) + (1,) * value.ndim), row, jnp.zeros_like(row))
 
-        summed = lax.psum(tuple(table(value) for value in values), self.names)
-        return tuple(lax.dynamic_index_in_dim(rows, own, 0, keepdims=False) for rows in summed)
+        return lax.psum(tuple(table(value) for value in values), self.names)
+
+    def own(self, rows: jax.Array) -> jax.Array:
+        """The row of this device's group."""
+        if self.group_of is None:
+            return rows.squeeze(0)
+        return lax.dynamic_index_in_dim(rows, self._own_group(), 0, keepdims=False)
+
+    def _own_group(self) -> jax.Array:
+        return jnp.asarray(self.group_of)[lax.axis_index(self.names)]
 
 
 def devices(
@@ -68,24 +79,65 @@ def devices(
                 f"whose indices it groups. Set axis_name, for example axis_name='batch'."
             )
         return None
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    for name in names:
-        _check_bound(name, who)
+    names = axis_names(axis_name)
+    check_bound(names, who)
     if axis_index_groups is None:
         return Devices(names)
     return Devices(names, _group_of(axis_index_groups, lax.axis_size(names), who))
 
 
-def _check_bound(name: str, who: str) -> None:
+def surely_equal(value: jax.Array, over: Devices) -> bool:
+    """Whether all devices that pool are known to hold the same `value`.
+
+    Only `shard_map` with its default checks knows: there the type says along which axes a value may
+    vary, and an index does along its own.
+    """
+    checked = set(over.names) <= _varies_along(lax.axis_index(over.names))
+    return checked and not _varies_along(value) & set(over.names)
+
+
+def decide_alike(x: jax.Array, over: Devices | None) -> bool:
+    """Whether devices that share collectives decide alike by a value pooled from `x`.
+
+    A branch with a collective must be taken by all its devices or by none. They may decide
+    differently if they are mapped along axes over which nothing is pooled.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    pooled = set() if over is None else set(over.names)
+    others = set(mesh.manual_axes) - pooled
+    if over is None and len(mesh.manual_axes) == len(mesh.axis_names):
+        return True  # There are no collectives.
+    return not others or (over is not None and surely_equal(x, Devices(tuple(others))))
+
+
+def _varies_along(value: jax.Array) -> frozenset[str]:
+    return jax.typeof(value).manual_axis_type.varying
+
+
+def is_bound(name: str) -> bool:
+    """Whether an enclosing `pmap`, `shard_map` or `vmap` maps an axis of this name."""
     try:
         lax.axis_size(name)
-    except NameError as error:
-        raise NameError(
-            f"{who}: axis_name={name!r} is not bound here: the call is not inside a jax.pmap, "
-            f"jax.shard_map or jax.vmap that maps an axis of this name. Map it, for example "
-            f"jax.vmap(step, axis_name={name!r}), or leave axis_name=None: under jax.jit with "
-            f"sharded arrays the statistics are global already."
-        ) from error
+    except NameError:
+        return False
+    return True
+
+
+def check_bound(names: Sequence[str], who: str, option: str = "") -> None:
+    """Raises NameError for a name that is not bound; `option` says what else the caller offers."""
+    for name in names:
+        if not is_bound(name):
+            raise NameError(
+                f"{who}: axis_name={name!r} is not bound here: the call is not inside a jax.pmap, "
+                f"jax.shard_map or jax.vmap that maps an axis of this name. Map it, for example "
+                f"jax.vmap(step, axis_name={name!r}), or leave axis_name=None: under jax.jit with "
+                f"sharded arrays the statistics are global already.{option}"
+            )
+
+
+def axis_names(axis_name: AxisName) -> tuple[str, ...]:
+    """One name or several, as several."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
 
 def _lists(groups: Sequence[Sequence[int]]) -> list[list[int]]:

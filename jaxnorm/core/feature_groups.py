@@ -1,10 +1,12 @@
 """One feature axis, seen as groups of features: how many, and how an array is laid out by them."""
 
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxnorm.core import axes as ax
 
@@ -61,3 +63,34 @@ def join(grouped: jax.Array, axis: int) -> jax.Array:
     """The inverse of `split`."""
     last = grouped.reshape((*grouped.shape[:-2], grouped.shape[-2] * grouped.shape[-1]))
     return jnp.moveaxis(last, -1, axis)
+
+
+def placed_by_compiler(
+    function: Callable[..., Any],
+    x: jax.Array,
+    axis: int,
+    *,
+    result: Literal["like x", "summary", "both"] = "like x",
+) -> Callable[..., Any]:
+    """`function`, which may divide features of `x` that lie on several devices.
+
+    Where mesh axes are explicit, a type says which devices hold which features. Once eight devices'
+    features are seen as four groups there is no such type, though for a norm of groups no feature
+    has to move: sums over half a group are added to those of the other half. The compiler does just
+    that where it may place arrays as it likes, so that is where `function` then runs. Whitening
+    multiplies features of a group with each other: there they travel between its devices.
+
+    Args:
+        function: of `x` and other arrays.
+        x: what it is called with.
+        axis: the feature axis.
+        result: what the function returns: an array of the shape of `x`, which will lie as `x` does,
+            a summary, which all devices will hold, or both.
+    """
+    lies = jax.typeof(x).sharding
+    names = lies.spec[axis]
+    if names is None:
+        return function
+    held_by_all = PartitionSpec()
+    places = {"like x": lies, "summary": held_by_all, "both": (lies, held_by_all)}
+    return jax.sharding.auto_axes(function, axes=names, out_sharding=places[result])

@@ -31,8 +31,23 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxnorm.core import precision
-from jaxnorm.core.moments import Moments, Stats, clean, elements, harmless, reciprocal
-from jaxnorm.core.standardize import Plan, apply_affine, apply_stats, normalize_plainly
+from jaxnorm.core.moments import Moments, Stats, clean, harmless, moments_keeping_axes
+from jaxnorm.core.pooling import Parts, reciprocal
+from jaxnorm.core.standardize import Plan, apply_affine, apply_stats
+
+Hint = jax.Array | Moments | None
+"""What is known of the moments beforehand: an estimate of the mean, the moments, or nothing."""
+
+
+def _evidence(plan: Plan, x: jax.Array, where: jax.Array | None, hint: Hint) -> Moments:
+    """The moments of `x` in the cheapest way that is right."""
+    if isinstance(hint, Moments):
+        return hint
+    options = plan.over, plan.use_mean, hint, plan.epsilon
+    return moments_keeping_axes(x, plan.axes, where, *options)
+
+
+evidence_by_plan = jax.jit(_evidence, static_argnums=0, inline=True)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -42,17 +57,21 @@ def _normalize(
     scale: jax.Array | None,
     bias: jax.Array | None,
     where: jax.Array | None,
+    hint: Hint = None,
 ) -> tuple[jax.Array, Moments]:
-    return normalize_plainly(plan, x, scale, bias, where)
+    evidence = _evidence(plan, x, where, hint)
+    y = apply_stats(clean(x, where), evidence.stats(), plan.epsilon)
+    return apply_affine(y, scale, bias).astype(plan.dtype), evidence
 
 
 def _rule(plan: Plan, primals, tangents):
-    x, scale, bias, where = primals
-    y, evidence = normalize_plainly(plan, x, scale, bias, where)
+    # By the function itself, whose derivatives of higher order are then this rule's as well.
+    y, evidence = _normalize(plan, *primals)
+    x, scale, _, where, _ = primals
     stats = evidence.stats()
     rstd = lax.rsqrt(stats.var + plan.epsilon)
     # None stands for the tangent of an absent parameter, and from here on for any zero tangent.
-    dx, dscale, dbias, _ = (None if isinstance(t, SymbolicZero) else t for t in tangents)
+    dx, dscale, dbias = (None if isinstance(t, SymbolicZero) else t for t in tangents[:3])
     tangent = jax.checkpoint(partial(_tangent, plan), prevent_cse=False)
     known = (x, scale, where, stats.mean, rstd, reciprocal(evidence.count))
     dy, dmean, dvar = tangent(known, (dx, dscale, dbias))
@@ -80,7 +99,7 @@ def _tangent(plan: Plan, known, tangents):
     if dx is not None:
         dx = _selected(dx, harmless(x, where)).astype(computed)
         valid = _selected(dx, where)
-        parts = elements(x.shape, plan.axes, plan.over)
+        parts = Parts(x.shape, plan.axes, plan.over)
         factor = rstd.astype(wide) if scale is None else rstd.astype(wide) * scale.astype(wide)
         products = precision.real_product(xhat, valid)
         if mean is None:
@@ -96,7 +115,8 @@ def _tangent(plan: Plan, known, tangents):
     if slope is not None:
         terms.append(xhat.astype(wide) * slope)
     if shift is not None:
-        terms.append(jnp.broadcast_to(shift, x.shape))
+        # Spread by the addition: under `shard_map` its transpose sums before it communicates.
+        terms.append(jnp.zeros_like(xhat, dtype=wide) + shift)
     return sum(terms[1:], terms[0]).astype(plan.dtype), dmean, dvar
 
 
@@ -109,7 +129,7 @@ def _plus(value: jax.Array | None, term: jax.Array) -> jax.Array:
 
 
 normalize_fused = jax.jit(_normalize, static_argnums=0, inline=True)
-"""`normalize_plainly` with the derivative rule above."""
+"""`normalize_plainly` with the derivative rule above, and with a hint of the moments."""
 
 
 @partial(jax.jit, static_argnums=0, inline=True)

@@ -1,32 +1,20 @@
 """Evidence and estimates: `Moments` merge exactly, `Stats` are what a normalization uses.
 
-Everything that pools evidence passes through one formula, `pooled`: the elements of an array over
-some axes, two or more `Moments`, an axis of stacked `Moments`, the devices of a mapped axis. With
-parts i of count n_i, mean m_i and variance v_i,
-
-    n    = sum n_i
-    mean = sum n_i m_i / n
-    var  = sum n_i (v_i + |m_i - mean|^2) / n
-
-An element is a part with n_i = 1, m_i = x_i, v_i = 0, or with n_i = 0 under a mask. For two parts
-the formula is that of Chan, Golub & LeVeque 1983.
-
-About the origin (RMS norm) there is no mean, `mean=None`, and the variance is the mean of |x|^2:
-the same formula without its second term.
+How evidence is pooled is one formula, in `pooling.py`. About the origin (RMS norm) there is no
+mean, `mean=None`, and the variance is the mean of |x|^2.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, Devices, devices
+from jaxnorm.core.pooling import Parts, pooled, pooled_given, reciprocal
 
 
 @jax.tree_util.register_dataclass
@@ -91,118 +79,6 @@ class Moments:
         )
 
 
-class Parts(Protocol):
-    """How the parts of a pool are added up."""
-
-    @property
-    def parts(self) -> int | None:
-        """Their number, or None if it is not known or not the same for all sums."""
-        ...
-
-    def sum(self, *values: jax.Array) -> tuple[jax.Array, ...]:
-        """The sums of several values over all parts."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class AlongAxes:
-    """Parts that lie along `axes` of arrays of `shape`; sums keep these axes, with size 1.
-
-    A value may have size 1 where `shape` has more: it stands for equal values, and is not spread.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[int, ...]
-
-    @property
-    def parts(self) -> int:  # noqa: D102 (the protocol's)
-        return ax.extent(self.shape, self.axes)
-
-    def sum(self, *values: jax.Array) -> tuple[jax.Array, ...]:  # noqa: D102
-        def sum_one(value: jax.Array) -> jax.Array:
-            copies = self.parts // ax.extent(value.shape, self.axes) if value.size else 1
-            return value.sum(self.axes, keepdims=True) * copies
-
-        return tuple(sum_one(value) for value in values)
-
-
-@dataclasses.dataclass(frozen=True)
-class AlongAxesAndDevices:
-    """The elements along axes of the arrays of all devices: pooled at once, not device by device.
-
-    A mean of each device would be rounded before it is compared with the others'.
-    """
-
-    along: AlongAxes
-    over: Devices
-
-    @property
-    def parts(self) -> int | None:  # noqa: D102
-        return None if self.over.parts is None else self.along.parts * self.over.parts
-
-    def sum(self, *values: jax.Array) -> tuple[jax.Array, ...]:  # noqa: D102
-        return self.over.sum(*self.along.sum(*values))
-
-
-def elements(shape: tuple[int, ...], axes: tuple[int, ...], over: Devices | None) -> Parts:
-    """The elements along `axes` of an array of `shape`, on this device or on several."""
-    along = AlongAxes(shape, axes)
-    return along if over is None else AlongAxesAndDevices(along, over)
-
-
-def reciprocal(count: jax.Array | float) -> jax.Array | float:
-    """1 / count, and 0 where `count` is not positive."""
-    if isinstance(count, float):
-        return 1 / count if count > 0 else 0.0
-    positive = count > 0
-    return jnp.where(positive, 1 / jnp.where(positive, count, jnp.ones_like(count)), 0)
-
-
-def weighted_sums(
-    count: jax.Array | float, value: jax.Array, parts: Parts
-) -> tuple[jax.Array | float, jax.Array]:
-    """The total count of all parts, and the sum of their values times their counts.
-
-    A `count` given as a Python number is the same for all parts and known at trace time: it costs
-    no sum and no traffic.
-    """
-    if isinstance(count, float) and parts.parts is not None:
-        (weighted,) = parts.sum(count * value)
-        return count * parts.parts, weighted
-    ones = jnp.ones((1,) * value.ndim, precision.real_dtype(value.dtype))
-    total, weighted = parts.sum(count * ones, count * value)
-    return total, weighted
-
-
-def pooled(
-    count: jax.Array | float, mean: jax.Array | None, var: jax.Array, parts: Parts
-) -> tuple[jax.Array | float, jax.Array | None, jax.Array]:
-    """The one pooling formula (see the top of this file): count, mean and variance of all `parts`.
-
-    Numerics: the deviations are taken from a first estimate of the mean, and what they miss of the
-    true mean is put right afterwards. All sums that matter are then of small numbers, so that the
-    result keeps its digits at a mean of many standard deviations, also for the mean itself. The
-    first estimate cancels out of the result, so no derivative needs to pass through it.
-    """
-    total, weighted = weighted_sums(count, var if mean is None else mean, parts)
-    share = reciprocal(total)
-    if mean is None:
-        return total, None, weighted * share
-    pivot = lax.stop_gradient(weighted * share)
-    offset = mean - pivot
-    first, second = parts.sum(count * offset, count * (var + precision.abs_square(offset)))
-    first, second = first * share, second * share
-    return total, pivot + first, _clip_rounding(second - precision.abs_square(first))
-
-
-def _clip_rounding(var: jax.Array) -> jax.Array:
-    """Puts a variance that rounding made negative to 0, and leaves its derivatives as they are.
-
-    `jnp.maximum` would halve them at 0, where a constant feature stands.
-    """
-    return var + lax.stop_gradient(jnp.where(var < 0, -var, jnp.zeros_like(var)))
-
-
 def harmless(x: jax.Array, where: jax.Array | None) -> jax.Array | None:
     """Which elements of `x` may take part; None for all, which is the case without a mask.
 
@@ -233,15 +109,34 @@ def moments_keeping_axes(
     where: jax.Array | None,
     over: Devices | None,
     use_mean: bool,
+    shift: jax.Array | None = None,
+    epsilon: float = 0.0,
 ) -> Moments:
-    """`moments` after the door: `x` clean, `axes` canonical and kept as size 1."""
-    x = x.astype(precision.accumulation_dtype(x.dtype))
-    real = precision.real_dtype(x.dtype)
-    count = 1.0 if where is None else where.astype(real)
-    mean, var = (x, jnp.zeros((1,) * x.ndim, real)) if use_mean else (None, precision.abs_square(x))
-    count, mean, var = pooled(count, mean, var, elements(x.shape, axes, over))
-    # Added to zeros of the variance, the count has its shape, and its sharding on explicit meshes.
-    return Moments(jnp.zeros_like(var) + jnp.asarray(count, var.dtype), mean, var)
+    """`moments` after the door: `axes` canonical and kept as size 1, as in `shift`."""
+
+    def look():
+        wide = clean(x, where).astype(precision.accumulation_dtype(x.dtype))
+        real = precision.real_dtype(wide.dtype)
+        count = 1.0 if where is None else where.astype(real)
+        if not use_mean:
+            return count, None, precision.abs_square(wide)
+        return count, wide, jnp.zeros((1,) * x.ndim, real)
+
+    parts = Parts(x.shape, axes, over)
+    return Moments(*pooled(look, parts, shift if use_mean else None, epsilon))
+
+
+def shift_along(
+    shift: ArrayLike | None, x: jax.Array, axes: tuple[int, ...], who: str
+) -> jax.Array | None:
+    """A checked estimate of the mean of `x` along `axes`, which it has with size 1."""
+    if shift is None:
+        return None
+    if jnp.ndim(shift) == 0:
+        return jnp.full((1,) * x.ndim, shift, precision.accumulation_dtype(x.dtype))
+    kept = ax.other_axes(axes, x.ndim)
+    checked = checks.feature_array(shift, x.shape, kept, who, "shift", "axes")
+    return None if checked is None else ax.lay_along(checked, kept, x.ndim)
 
 
 def moments(
@@ -250,6 +145,7 @@ def moments(
     *,
     where: ArrayLike | None = None,
     use_mean: bool = True,
+    shift: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     keepdims: bool = False,
@@ -262,6 +158,10 @@ def moments(
         where: boolean mask with as many axes as `x`, each of the size of `x` or 1; True counts.
             NaN and infinities under the mask reach neither the result nor its derivatives.
         use_mean: False takes the variance about the origin, the mean of |x|^2, and no mean.
+        shift: an estimate of the mean, such as a running mean: a number, or an array of the shape
+            of the result. It decides what the moments cost, not what they are: within 8 standard
+            deviations of the mean, one pass over the data and one collective suffice, otherwise
+            three. None takes two.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
             the evidence is pooled, weighted by the number of valid elements on each device.
         axis_index_groups: groups of indices along `axis_name`; each pools on its own.
@@ -296,7 +196,7 @@ def moments(
     axes = ax.canonical_axes(axes, x.ndim, who, "axes")
     where = checks.boolean_mask(where, x.shape, who)
     over = devices(axis_name, axis_index_groups, who)
-    kept = _jitted_moments(x, axes, where, over, use_mean)
+    kept = _jitted_moments(x, axes, where, over, use_mean, shift_along(shift, x, axes, who))
     return kept if keepdims else jax.tree.map(lambda leaf: leaf.squeeze(axes), kept)
 
 
@@ -307,14 +207,16 @@ def _jitted_moments(
     where: jax.Array | None,
     over: Devices | None,
     use_mean: bool,
+    shift: jax.Array | None,
 ) -> Moments:
-    return moments_keeping_axes(clean(x, where), axes, where, over, use_mean)
+    return moments_keeping_axes(x, axes, where, over, use_mean, shift)
 
 
 def pool(
     stacked: Moments,
     axes: int | Sequence[int] | None = None,
     *,
+    shift: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Moments:
@@ -323,7 +225,7 @@ def pool(
     Args:
         stacked: evidence whose parts lie along `axes`, on the devices of `axis_name`, or both.
         axes: axes to pool, which disappear; None for none of them.
-        axis_name, axis_index_groups: as in `moments`.
+        shift, axis_name, axis_index_groups: as in `moments`.
 
     Returns:
         `Moments` of everything together.
@@ -341,12 +243,12 @@ def pool(
     """
     who = "pool"
     over = devices(axis_name, axis_index_groups, who)
-    together = _full(stacked, who)
-    if axes is not None:
-        axes = ax.canonical_axes(axes, together.var.ndim, who, "axes")
-        together = _pooled_arrays(together, AlongAxes(together.var.shape, axes))
-        together = jax.tree.map(lambda leaf: leaf.squeeze(axes), together)
-    return together if over is None else _pooled_arrays(together, over)
+    each = _full(stacked, who)
+    axes = () if axes is None else ax.canonical_axes(axes, each.var.ndim, who, "axes")
+    shift = shift_along(shift, each.var, axes, who)
+    parts = Parts(each.var.shape, axes, over)
+    together = Moments(*pooled_given(each.count, each.mean, each.var, parts, shift))
+    return jax.tree.map(lambda leaf: leaf.squeeze(axes), together)
 
 
 def _full(evidence: Moments, who: str) -> Moments:
@@ -362,11 +264,6 @@ def _full(evidence: Moments, who: str) -> Moments:
         for leaf in (evidence.count, evidence.var)
     )
     return Moments(count, mean, var)
-
-
-def _pooled_arrays(evidence: Moments, parts: Parts) -> Moments:
-    count, mean, var = pooled(evidence.count, evidence.mean, evidence.var, parts)
-    return Moments(jnp.asarray(count), mean, var)
 
 
 def merge(*parts: Moments) -> Moments:

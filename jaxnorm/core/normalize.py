@@ -10,8 +10,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, devices
-from jaxnorm.core.fused import normalize_by, normalize_fused
-from jaxnorm.core.moments import Moments, Stats
+from jaxnorm.core.fused import Hint, normalize_by, normalize_fused
+from jaxnorm.core.moments import Moments, Stats, shift_along
 from jaxnorm.core.standardize import Plan, feature_along, result_dtype, stats_along
 
 
@@ -25,6 +25,8 @@ def normalize(
     where: ArrayLike | None = None,
     epsilon: float = 1e-5,
     use_mean: bool = True,
+    shift: ArrayLike | None = None,
+    evidence: Moments | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
@@ -49,6 +51,13 @@ def normalize(
             infinities and huge numbers (above 4e9 in float32) among them are taken for 0.
         epsilon: added to the variance, inside the root; 0 or more.
         use_mean: False takes no mean off and the variance about the origin, as RMS norm does.
+        shift: an estimate of the mean, such as a running mean: a number, or an array of the shape
+            of `x` without `axes`. It decides what the moments cost, not what they are: where it is
+            within 8 standard deviations of the mean, one pass over the data and one collective
+            suffice, otherwise three. None takes two passes; where elements are known to lie on
+            several devices, over mapped axes and along explicit mesh axes, it stands for 0.
+        evidence: the moments themselves, if they are known already: those of `x` along `axes` and
+            over the mapped axes. Derivatives are as if they were taken here.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
             the moments are pooled, weighted by the number of valid elements on each device.
         axis_index_groups: groups of indices along `axis_name`; each pools on its own.
@@ -88,8 +97,33 @@ def normalize(
     over = devices(axis_name, axis_index_groups, who)
     dtype = output_dtype(dtype, result_dtype(x, scale, bias), who)
     plan = Plan(axes, checks.static_epsilon(epsilon, who), over, dtype, use_mean)
-    y, evidence = normalize_fused(plan, x, scale, bias, where)
+    if shift is None and (over is not None or _on_several_devices(x, axes)):
+        shift = 0.0
+    hint = _hint(x, axes, shift, evidence, who)
+    y, evidence = normalize_fused(plan, x, scale, bias, where, hint)
     return y, jax.tree.map(lambda leaf: leaf.squeeze(axes), evidence)
+
+
+def _on_several_devices(x: jax.Array, axes: tuple[int, ...]) -> bool:
+    """Whether the type of `x` says so, which it does on meshes with explicit axes."""
+    return any(jax.typeof(x).sharding.spec[axis] is not None for axis in axes)
+
+
+def _hint(
+    x: jax.Array,
+    axes: tuple[int, ...],
+    shift: ArrayLike | None,
+    evidence: Moments | None,
+    who: str,
+) -> Hint:
+    """What is known of the moments, checked and laid along `x`."""
+    if evidence is not None:
+        checks.of_kind(Moments, evidence, who, "Take it from jaxnorm.moments(x, axes).")
+        kept = ax.other_axes(axes, x.ndim)
+        return jax.tree.map(
+            lambda leaf: feature_along(leaf, x.shape, kept, who, "evidence", "axes"), evidence
+        )
+    return shift_along(shift, x, axes, who)
 
 
 def normalize_with_stats(

@@ -6,7 +6,9 @@ much they take. What is stored is therefore always an estimate that can be used 
 has to be corrected when it is read.
 """
 
+import functools
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +195,21 @@ def update_running(
         >>> running.mean.tolist(), running.var.tolist()
         ([0.5], [1.0])
 
+        Gradient accumulation: each micro-batch is normalized by its own statistics, and all
+        together make one step, as if they had been one batch.
+
+        >>> import jax
+        >>> def step(running, micro_batches):
+        ...     def forward(carry, x):
+        ...         y, seen = jaxnorm.batch_norm(x)
+        ...         return carry, seen
+        ...
+        ...     _, each = jax.lax.scan(forward, None, micro_batches)
+        ...     return jaxnorm.update_running(running, jaxnorm.pool(each, axes=0), momentum=0.5)[0]
+        >>> micro_batches = jnp.array([[[0.0], [2.0]], [[4.0], [6.0]]])
+        >>> step(jaxnorm.Stats(jnp.zeros(1), jnp.ones(1)), micro_batches).var.tolist()
+        [3.0]
+
     Source:
         Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3.1.
     """
@@ -205,8 +222,7 @@ def update_running(
         _same_shape(updates, old.var, "a count of updates", "update_running")
     moved = batch.count > ddof
     if skip_nonfinite:
-        for leaf in jax.tree.leaves(batch):
-            moved &= jnp.isfinite(leaf).all()
+        moved &= all_finite(batch)
 
     new = batch.stats(ddof)
     if momentum is not None and not debias:
@@ -223,6 +239,12 @@ def update_running(
         blended = debiased_ema(old, new, momentum, updates)
     counted = None if updates is None else updates + moved.astype(updates.dtype)
     return jax.tree.map(partial(jnp.where, moved), blended, old), counted
+
+
+def all_finite(evidence: Any) -> jax.Array:
+    """Whether no count, mean or variance of a batch's evidence is NaN or infinite."""
+    each = (jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(evidence))
+    return functools.reduce(jnp.logical_and, each)
 
 
 def _same_shape(found: ArrayLike, expected: ArrayLike, what: str, who: str) -> None:

@@ -45,9 +45,8 @@ def normalize_plainly(
     where: jax.Array | None,
 ) -> tuple[jax.Array, Moments]:
     """The specification. All arrays have the axes of `x`, with size 1 where they are shared."""
-    x = clean(x, where)
     evidence = moments_keeping_axes(x, plan.axes, where, plan.over, plan.use_mean)
-    y = apply_affine(apply_stats(x, evidence.stats(), plan.epsilon), scale, bias)
+    y = apply_affine(apply_stats(clean(x, where), evidence.stats(), plan.epsilon), scale, bias)
     return y.astype(plan.dtype), evidence
 
 

@@ -15,19 +15,26 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
+from jaxnorm.core.comoments import JointView, comoments_in_groups
 from jaxnorm.core.covariance import (
     Comoments,
     JointStats,
-    comoments_in_groups,
     joint_input,
     joint_mask,
     joint_stats_along,
 )
 from jaxnorm.core.devices import AxisName, Devices, devices
-from jaxnorm.core.feature_groups import feature_axis, group_shape, join, split
+from jaxnorm.core.feature_groups import (
+    feature_axis,
+    group_shape,
+    join,
+    placed_by_compiler,
+    split,
+)
 from jaxnorm.core.matrix_roots import inverse_square_root, newton_inverse_square_root
-from jaxnorm.core.moments import clean
+from jaxnorm.core.moments import clean, shift_along
 from jaxnorm.core.normalize import output_dtype
 from jaxnorm.core.standardize import apply_affine, feature_along, result_dtype
 
@@ -48,18 +55,20 @@ class JointPlan(NamedTuple):
     dtype: Any
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6), inline=True)
+@partial(jax.jit, static_argnums=(0, 6, 7), inline=True)
 def whiten_by_batch(
     plan: JointPlan,
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
     where: jax.Array | None,
+    shift: jax.Array | None,
     groups: int,
     over: Devices | None,
 ) -> tuple[jax.Array, Comoments]:
     """Whitens `x` by its own covariance; also the evidence."""
-    evidence = comoments_in_groups(x, plan.axis, groups, where, over)
+    view = JointView(plan.axis, groups, over, plan.epsilon)
+    evidence = comoments_in_groups(view, x, where, shift)
     return whiten_by_stats(plan, x, evidence.stats(), scale, bias, where), evidence
 
 
@@ -88,11 +97,15 @@ def whiten_by_stats(
 def apply_matrix(x: jax.Array, mean: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
     """matrix (x - mean) in each group of features along `axis`, in float32 or wider."""
     dtype = precision.promote(x.dtype, mean.dtype, jnp.float32)
-    grouped = split(x.astype(dtype), axis, len(mean))
-    centred = grouped - lax.expand_dims(mean.astype(dtype), range(x.ndim - 1))
-    exact = lax.Precision.HIGHEST
-    y = jnp.einsum("...gj,gij->...gi", centred, matrix.astype(dtype), precision=exact)
-    return join(y, axis)
+
+    def by_group(x: jax.Array, mean: jax.Array, matrix: jax.Array) -> jax.Array:
+        grouped = split(x.astype(dtype), axis, len(mean))
+        centred = grouped - lax.expand_dims(mean.astype(dtype), range(x.ndim - 1))
+        exact = lax.Precision.HIGHEST
+        y = jnp.einsum("...gj,gij->...gi", centred, matrix.astype(dtype), precision=exact)
+        return join(y, axis)
+
+    return placed_by_compiler(by_group, x, axis)(x, mean, matrix)
 
 
 def step_count(n_steps: int, who: str) -> int:
@@ -124,6 +137,7 @@ def normalize_jointly(
     group_size: int | None,
     where: ArrayLike | None,
     epsilon: float,
+    shift: ArrayLike | None,
     axis_name: AxisName | None,
     axis_index_groups: Sequence[Sequence[int]] | None,
     dtype: DTypeLike | None,
@@ -138,7 +152,18 @@ def normalize_jointly(
     bias = feature_along(bias, x.shape, (axis,), who, "bias")
     over = devices(axis_name, axis_index_groups, who)
     plan = _plan(axis, epsilon, n_steps, dtype, result_dtype(x, scale, bias), who)
-    return whiten_by_batch(plan, x, scale, bias, where, groups, over)
+    along = _shift_of_groups(shift, x, axis, groups, who)
+    return whiten_by_batch(plan, x, scale, bias, where, along, groups, over)
+
+
+def _shift_of_groups(
+    shift: ArrayLike | None, x: jax.Array, axis: int, groups: int, who: str
+) -> jax.Array | None:
+    """A checked estimate of the mean, `[groups, group size]`."""
+    along = shift_along(shift, x, ax.other_axes((axis,), x.ndim), who)
+    if along is None:
+        return None
+    return jnp.broadcast_to(along.reshape(-1), (x.shape[axis],)).reshape(groups, -1)
 
 
 def normalize_jointly_with_stats(

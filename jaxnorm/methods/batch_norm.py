@@ -38,6 +38,7 @@ def batch_norm(
     axis: int | Sequence[int] = -1,
     where: ArrayLike | None = None,
     epsilon: float = 1e-5,
+    shift: ArrayLike | None = 0.0,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
@@ -57,6 +58,8 @@ def batch_norm(
         where: boolean mask with as many axes as `x`, each of the size of `x` or 1; False does not
             count. See `normalize` for what happens to masked elements.
         epsilon: added to the variance, inside the root.
+        shift: an estimate of the mean, a number or one for each feature: the running mean, if there
+            is one. It decides what the moments cost, not what they are: see `normalize`.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
             the batch extends; devices are weighted by their numbers of valid elements.
         axis_index_groups: groups of indices along `axis_name`; each is a batch of its own.
@@ -98,6 +101,7 @@ def batch_norm(
         axis=axis,
         where=where,
         epsilon=epsilon,
+        shift=shift,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         dtype=dtype,
@@ -175,6 +179,12 @@ class BatchNorm(Affine, RunningStats):
     float32, float64 if `param_dtype` is; the mean is complex if the input is. They never change
     dtype or structure, and no gradient flows into them.
 
+    With `update_every` above 1 there are also `pending_count`, `pending_mean` and `pending_var`,
+    what the batches since the last step were like, and `pending_batches`, an int32 scalar, how many
+    they were. In Linen a checkpoint without these serves as well: training starts them at 0 and
+    adds them. To train on inside `jax.lax.scan`, which wants a state that stays alike, add them
+    before, from `layer.init`.
+
     Args:
         use_running_average: True normalizes by the running statistics (inference), False by the
             batch's (training). Must be given here or at the call.
@@ -191,6 +201,8 @@ class BatchNorm(Affine, RunningStats):
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
             the batch extends. Not used while initializing.
         axis_index_groups: groups of indices along `axis_name`; each is a batch of its own.
+        unbound_axis: in training where an axis of `axis_name` is not mapped, `"error"` raises
+            NameError, `"local"` leaves it out, and with the last one also `axis_index_groups`.
         use_fast_variance: accepted for Flax's sake; the variance is always right.
         zero_centered_scale: store the scale minus 1; `scale_init` is then zeros.
         debias: free the running average from the pull of its start at (0, 1).
@@ -199,11 +211,19 @@ class BatchNorm(Affine, RunningStats):
         update_stats: whether training moves the running statistics; also an argument of the call.
         skip_nonfinite: leave the running statistics alone on a batch with a NaN or infinite mean or
             variance.
+        update_every: how many batches make one step of the running statistics: the k micro-batches
+            of gradient accumulation. The step is that of one batch of all their examples. Still
+            each of them is normalized by its own statistics. A batch without valid elements, or
+            one that `skip_nonfinite` leaves out, is one of the k, without evidence; a call with
+            `update_stats=False` is none.
+        ghost_batch_size: how many examples are normalized together, see `ghost_batches`; None for
+            the whole batch. The running statistics get the evidence of all. Not used while
+            initializing.
 
     Raises:
         TypeError: integer input; a floating point mask; an epsilon that is no number; a result that
             `dtype` cannot hold; complex input for real statistics; statistics stored in less than
-            float32.
+            float32; an `update_every` that is no integer.
         ValueError: contradicting options, missing `use_running_average`, an input or a mask of the
             wrong shape, axes out of range or named twice.
         NameError: `axis_name` is not bound.
@@ -259,9 +279,10 @@ class BatchNorm(Affine, RunningStats):
         options |= dict(dtype=dtype, who=who)
         if use_running_average:
             return batch_norm_inference(x, stored, scale, bias, **options), {}
-        y, batch = batch_norm(x, scale, bias, **options, **self._mapped_axes(initializing))
+        options |= dict(shift=stored.mean, **self._mapped_axes(initializing, who))
+        y, batch = self._by_batches(batch_norm, initializing)(x, scale, bias, **options)
         if initializing:
             return y, {}
         if mask is None:
-            self._warn_of_single_values(x.size // max(batch.var.size, 1), who)
+            self._warn_of_single_values(x, batch.var.size, who)
         return y, self._moved(values, stored, batch, who) if update_stats else {}

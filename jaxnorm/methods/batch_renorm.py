@@ -26,10 +26,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, devices
-from jaxnorm.core.moments import Moments, Stats, moments
+from jaxnorm.core.fused import evidence_by_plan
+from jaxnorm.core.moments import Moments, Stats, shift_along
 from jaxnorm.core.normalize import normalize
-from jaxnorm.core.running import update_running
-from jaxnorm.core.standardize import apply_affine, stats_along
+from jaxnorm.core.running import all_finite, update_running
+from jaxnorm.core.standardize import Plan, apply_affine, stats_along
 from jaxnorm.methods.batch_norm import BatchNorm
 from jaxnorm.methods.spec import Slot, Values
 
@@ -48,6 +49,7 @@ def batch_renorm(
     axis: int | Sequence[int] = -1,
     where: ArrayLike | None = None,
     epsilon: float = 1e-5,
+    shift: ArrayLike | None = 0.0,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
@@ -69,7 +71,8 @@ def batch_renorm(
         bias: one summand per feature (beta), or None for 0.
         rmax: limit of r, 1 or more; a number or a traced value.
         dmax: limit of d, 0 or more; a number or a traced value. `rmax=1, dmax=0` is batch norm.
-        axis, where, epsilon, axis_name, axis_index_groups, dtype, who: as in `batch_norm`.
+        axis, where, epsilon, shift, axis_name, axis_index_groups, dtype, who: as in `batch_norm`;
+            a good `shift` is the running mean.
 
     Returns:
         The result, of the shape of `x`, and the batch's `Moments`, one entry per feature, for
@@ -84,8 +87,7 @@ def batch_renorm(
 
     Numerics:
         As `batch_norm`: one rounding, `x` and statistics kept for the backward pass, all
-        derivatives. The batch's moments are written twice, for r and d and for the result; XLA
-        computes them once.
+        derivatives. The batch's moments are taken once.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
@@ -103,15 +105,17 @@ def batch_renorm(
     where = checks.boolean_mask(where, x.shape, who)
     scale = checks.feature_array(scale, x.shape, axis, who, "scale")
     bias = checks.feature_array(bias, x.shape, axis, who, "bias")
-    stats_along(running, x.shape, axis, who)  # for what it refuses
+    stats_along(running, x.shape, axis, who)
     epsilon = checks.static_epsilon(epsilon, who)
     _check_limits(rmax, dmax, who)
-    devices(axis_name, axis_index_groups, who)
+    over = devices(axis_name, axis_index_groups, who)
 
-    mapped: dict[str, Any] = dict(axis_name=axis_name, axis_index_groups=axis_index_groups)
     axes = ax.other_axes(axis, x.ndim)
-    batch = moments(lax.stop_gradient(x), axes, where=where, **mapped).stats()
-    r, d = _corrections(batch, lax.stop_gradient(running), rmax, dmax, epsilon)
+    plan = Plan(axes, epsilon, over, x.dtype)
+    along = shift_along(shift, x, axes, who)
+    kept = evidence_by_plan(plan, lax.stop_gradient(x), where, along)
+    batch = jax.tree.map(lambda leaf: leaf.squeeze(axes), kept)
+    r, d = _corrections(batch.stats(), lax.stop_gradient(running), rmax, dmax, epsilon)
     return normalize(
         x,
         apply_affine(r, scale, None),
@@ -120,9 +124,11 @@ def batch_renorm(
         axis=axis,
         where=where,
         epsilon=epsilon,
+        evidence=batch,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
         dtype=dtype,
         who=who,
-        **mapped,
     )
 
 
@@ -288,9 +294,11 @@ class BatchRenorm(BatchNorm):
 
     Variables: those of `BatchNorm`, with the same names, shapes and dtypes, and `step` in
     `batch_stats` (NNX: `nnx.BatchStat`), an int32 scalar that counts the training calls that moved
-    the statistics. A checkpoint of `BatchNorm` can be loaded in Linen: where `step` is missing,
-    inference does without, and training starts the schedules anew and adds it. To train on inside
-    `jax.lax.scan`, which wants a state that stays alike, add it before: `jnp.zeros((), jnp.int32)`.
+    the statistics; with `update_every` these are every k-th, and r, d and their limits go by the
+    same running statistics and `step` in all k. A checkpoint of `BatchNorm` can be loaded in Linen:
+    where `step` is missing, inference does without, and training starts the schedules anew and adds
+    it. To train on inside `jax.lax.scan`, which wants a state that stays alike, add it before:
+    `jnp.zeros((), jnp.int32)`.
 
     Args:
         rmax: limit of r: a number, 1 or more, or a schedule of `step`, as Optax's are. 1 together
@@ -298,8 +306,9 @@ class BatchRenorm(BatchNorm):
         dmax: limit of d: a number, 0 or more, or a schedule of `step`.
         running_var: `"biased"`, of the kind that the batch's is compared with.
         use_running_average, axis, momentum, epsilon, dtype, param_dtype, use_bias, use_scale,
-            bias_init, scale_init, axis_name, axis_index_groups, use_fast_variance,
-            zero_centered_scale, debias, update_stats, skip_nonfinite: as in `BatchNorm`.
+            bias_init, scale_init, axis_name, axis_index_groups, unbound_axis, use_fast_variance,
+            zero_centered_scale, debias, update_stats, skip_nonfinite, update_every,
+            ghost_batch_size: as in `BatchNorm`.
 
     Raises:
         TypeError, ValueError, NameError: as `BatchNorm`; TypeError also for limits that are neither
@@ -348,9 +357,9 @@ class BatchRenorm(BatchNorm):
             mode = dict(initializing=initializing, update_stats=update_stats)
             return super()._transform(values, x, mask, dtype, who, use_running_average=True, **mode)
         stored = self._stored(values, x, who)
-        step = values["step"] if "step" in values else jnp.zeros((), jnp.int32)
+        step = _step(values)
         rmax, dmax = (limit(step) if callable(limit) else limit for limit in (self.rmax, self.dmax))
-        y, batch = batch_renorm(
+        y, batch = self._by_batches(batch_renorm, initializing)(
             x,
             stored,
             *self._affine(values),
@@ -359,25 +368,30 @@ class BatchRenorm(BatchNorm):
             axis=self.axis,
             where=mask,
             epsilon=self.epsilon,
+            shift=stored.mean,
             dtype=dtype,
             who=who,
-            **self._mapped_axes(initializing),
+            **self._mapped_axes(initializing, who),
         )
         if initializing or not update_stats:
             return y, {}
-        return y, self._moved(values, stored, batch, who) | {"step": step + self._counts(batch)}
+        return y, self._moved(values, stored, batch, who)
 
-    def _moved(
-        self, values: Values, stored: Stats, batch: Moments, who: str, ddof: int | None = None
+    def _blended(
+        self, values: Values, stored: Stats, batch: Moments, ddof: int | None
     ) -> dict[str, jax.Array]:
-        by_deviation = _by_deviation(stored, lax.stop_gradient(batch), self.epsilon)
-        changed = super()._moved(values, *by_deviation, who, ddof)
-        return changed | {"var": _variance(changed["var"], stored.var, self.epsilon)}
+        changed = super()._blended(values, *_by_deviation(stored, batch, self.epsilon), ddof)
+        var = _variance(changed["var"], stored.var, self.epsilon)
+        return changed | {"var": var, "step": _step(values) + self._counts(batch)}
 
     def _counts(self, batch: Moments) -> jax.Array:
         """Whether a batch moves any statistics, and so counts as a step: 1 or 0."""
         moves = (batch.count > 0).any()
         if self.skip_nonfinite:
-            for leaf in jax.tree.leaves(batch):
-                moves &= jnp.isfinite(leaf).all()
+            moves &= all_finite(batch)
         return moves.astype(jnp.int32)
+
+
+def _step(values: Values) -> jax.Array:
+    """How many steps the schedules have gone; none where a checkpoint does not say."""
+    return values["step"] if "step" in values else jnp.zeros((), jnp.int32)

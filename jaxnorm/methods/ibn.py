@@ -22,7 +22,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName
-from jaxnorm.core.feature_groups import feature_axis
+from jaxnorm.core.feature_groups import feature_axis, placed_by_compiler
 from jaxnorm.core.moments import Moments, Stats
 from jaxnorm.methods.affine import Affine
 from jaxnorm.methods.batch_norm import BatchNorm, batch_norm, batch_norm_inference
@@ -40,6 +40,7 @@ def ibn_a(
     batch_axis: int | Sequence[int] = 0,
     where: ArrayLike | None = None,
     epsilon: float = 1e-5,
+    shift: ArrayLike | None = 0.0,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
@@ -59,6 +60,7 @@ def ibn_a(
         where: boolean mask with as many axes as `x`, each of the size of `x` or 1; False does not
             count. See `normalize` for what happens to masked elements.
         epsilon: added to the variances, inside the root.
+        shift: an estimate of the means of the other features, as in `batch_norm`.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
             the batch extends: the batch statistics are pooled over them.
         axis_index_groups: groups of indices along `axis_name`; each is a batch of its own.
@@ -89,12 +91,17 @@ def ibn_a(
     Source:
         Pan et al. 2018 (arXiv:1807.09441), section 3.2, IBN-a.
     """
-    first, others, axis = _parts(x, scale, bias, where, ratio=ratio, axis=axis, who=who)
+    arrays, axis, size = _checked(x, scale, bias, where, ratio=ratio, axis=axis, who=who)
     options: dict[str, Any] = dict(axis=axis, epsilon=epsilon, dtype=dtype, who=who)
-    by_instance, _ = instance_norm(**first, batch_axis=batch_axis, **options)
     mapped: dict[str, Any] = dict(axis_name=axis_name, axis_index_groups=axis_index_groups)
-    by_batch, batch = batch_norm(**others, **options, **mapped)
-    return jnp.concatenate([by_instance, by_batch], axis), batch
+
+    def by_part(*arrays: jax.Array | None) -> tuple[jax.Array, Moments]:
+        first, others = _parts(arrays, axis, size)
+        by_instance, _ = instance_norm(**first, batch_axis=batch_axis, **options)
+        by_batch, batch = batch_norm(**others, shift=shift, **options, **mapped)
+        return jnp.concatenate([by_instance, by_batch], axis), batch
+
+    return placed_by_compiler(by_part, arrays[0], axis, result="both")(*arrays)
 
 
 def ibn_a_inference(
@@ -137,14 +144,19 @@ def ibn_a_inference(
     Source:
         Pan et al. 2018 (arXiv:1807.09441), section 3.2, IBN-a.
     """
-    first, others, axis = _parts(x, scale, bias, where, ratio=ratio, axis=axis, who=who)
+    arrays, axis, size = _checked(x, scale, bias, where, ratio=ratio, axis=axis, who=who)
     options: dict[str, Any] = dict(axis=axis, epsilon=epsilon, dtype=dtype, who=who)
-    by_instance, _ = instance_norm(**first, batch_axis=batch_axis, **options)
-    by_stats = batch_norm_inference(stats=stats, **others, **options)
-    return jnp.concatenate([by_instance, by_stats], axis)
+
+    def by_part(stats: Stats, *arrays: jax.Array | None) -> jax.Array:
+        first, others = _parts(arrays, axis, size)
+        by_instance, _ = instance_norm(**first, batch_axis=batch_axis, **options)
+        by_stats = batch_norm_inference(stats=stats, **others, **options)
+        return jnp.concatenate([by_instance, by_stats], axis)
+
+    return placed_by_compiler(by_part, arrays[0], axis)(stats, *arrays)
 
 
-def _parts(
+def _checked(
     x: ArrayLike,
     scale: ArrayLike | None,
     bias: ArrayLike | None,
@@ -153,20 +165,27 @@ def _parts(
     ratio: float,
     axis: int | Sequence[int],
     who: str,
-) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """The arrays of the first features and those of the others, by argument, and the axis."""
+) -> tuple[tuple[jax.Array, *tuple[jax.Array | None, ...]], int, int]:
+    """The four arrays, the feature axis, and how many features are normalized by instance."""
     x = checks.inexact_array(x, who)
     along = feature_axis(axis, x.ndim, who)
-    size = instance_features(x.shape[along], ratio, who)
-    arrays = {
-        "x": (x, along),
-        "scale": (checks.feature_array(scale, x.shape, (along,), who, "scale"), 0),
-        "bias": (checks.feature_array(bias, x.shape, (along,), who, "bias"), 0),
-        "where": (checks.boolean_mask(where, x.shape, who), along),
-    }
-    parts = {name: _divided(value, size, axis) for name, (value, axis) in arrays.items()}
-    first, others = ({name: part[i] for name, part in parts.items()} for i in (0, 1))
-    return first, others, along
+    arrays = (
+        x,
+        checks.feature_array(scale, x.shape, (along,), who, "scale"),
+        checks.feature_array(bias, x.shape, (along,), who, "bias"),
+        checks.boolean_mask(where, x.shape, who),
+    )
+    return arrays, along, instance_features(x.shape[along], ratio, who)
+
+
+def _parts(
+    arrays: Sequence[jax.Array | None], axis: int, size: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays of the first `size` features and those of the others, by argument."""
+    names, axes = ("x", "scale", "bias", "where"), (axis, 0, 0, axis)
+    halves = [_divided(array, size, along) for array, along in zip(arrays, axes, strict=True)]
+    first, others = (dict(zip(names, half, strict=True)) for half in zip(*halves, strict=True))
+    return first, others
 
 
 def _divided(value: jax.Array | None, size: int, axis: int) -> Sequence[jax.Array | None]:
@@ -288,8 +307,9 @@ class IBNa(BatchNorm):
         use_running_average: True normalizes the batch norm's features by the running statistics
             (inference), False by the batch's (training). Must be given here or at the call.
         momentum, epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init,
-            axis_name, axis_index_groups, use_fast_variance, zero_centered_scale, debias,
-            running_var, update_stats, skip_nonfinite: as in `BatchNorm`.
+            axis_name, axis_index_groups, unbound_axis, use_fast_variance, zero_centered_scale,
+            debias, running_var, update_stats, skip_nonfinite, update_every, ghost_batch_size: as in
+            `BatchNorm`.
 
     Raises:
         TypeError, ValueError, NameError: as `BatchNorm`; ValueError also for several feature axes,
@@ -332,7 +352,8 @@ class IBNa(BatchNorm):
         options |= dict(batch_axis=self.batch_axis, epsilon=self.epsilon, dtype=dtype, who=who)
         if use_running_average:
             return ibn_a_inference(x, stored, scale, bias, **options), {}
-        y, batch = ibn_a(x, scale, bias, **options, **self._mapped_axes(initializing))
+        options |= dict(shift=stored.mean, **self._mapped_axes(initializing, who))
+        y, batch = self._by_batches(ibn_a, initializing)(x, scale, bias, **options)
         if initializing or not update_stats:
             return y, {}
         return y, self._moved(values, stored, batch, who)
@@ -362,6 +383,8 @@ class IBNb(Affine):
         axis_name: name or names of mapped axes over which the examples extend. Not used while
             initializing.
         axis_index_groups: groups of indices along `axis_name`; each holds examples of its own.
+        unbound_axis: in training where an axis of `axis_name` is not mapped, `"error"` raises
+            NameError, `"local"` leaves it out, and with the last one also `axis_index_groups`.
         batch_axis: the axis or axes of examples.
         zero_centered_scale: store the scale minus 1; `scale_init` is then zeros.
 
@@ -404,5 +427,5 @@ class IBNb(Affine):
         scale, bias = self._affine(values)
         options: dict[str, Any] = dict(axis=self.axis, batch_axis=self.batch_axis, where=mask)
         options |= dict(epsilon=self.epsilon, dtype=dtype, who=who)
-        y, _ = ibn_b(x, None, scale, bias, **options, **self._mapped_axes(initializing))
+        y, _ = ibn_b(x, None, scale, bias, **options, **self._mapped_axes(initializing, who))
         return y, {}

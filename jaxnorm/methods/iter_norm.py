@@ -40,6 +40,7 @@ def iter_norm(
     group_size: int | None = None,
     where: ArrayLike | None = None,
     epsilon: float = 1e-5,
+    shift: ArrayLike | None = 0.0,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
@@ -62,6 +63,7 @@ def iter_norm(
             or 1 along the others; False does not count. See `normalize` for what happens to masked
             elements.
         epsilon: added to the diagonal of the covariance.
+        shift: an estimate of the mean, a number or one for each feature, as in `batch_norm`.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
             the batch extends; devices are weighted by their numbers of valid examples.
         axis_index_groups: groups of indices along `axis_name`; each is a batch of its own.
@@ -106,6 +108,7 @@ def iter_norm(
         group_size=group_size,
         where=where,
         epsilon=epsilon,
+        shift=shift,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         dtype=dtype,
@@ -179,7 +182,8 @@ class IterNorm(RunningCovariance):
     `[features]`, and `cov`, `[groups, group size, group size]` (NNX: `nnx.Param`, `nnx.BatchStat`);
     and `updates`, int32 `[groups]`, if `debias` is set or `momentum` is None. Statistics are
     float32, float64 if `param_dtype` is. They never change dtype or structure, and no gradient
-    flows into them.
+    flows into them. With `update_every` above 1 there are also `pending_count`, `pending_mean`,
+    `pending_cov` and `pending_batches`, as those of `BatchNorm`.
 
     Args:
         use_running_average: True whitens by the running statistics (inference), False by the
@@ -197,6 +201,8 @@ class IterNorm(RunningCovariance):
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
             the batch extends. Not used while initializing.
         axis_index_groups: groups of indices along `axis_name`; each is a batch of its own.
+        unbound_axis: in training where an axis of `axis_name` is not mapped, `"error"` raises
+            NameError, `"local"` leaves it out, and with the last one also `axis_index_groups`.
         n_steps: steps of the iteration.
         num_groups: number of groups of neighbouring features.
         group_size: features in a group; give either this or `num_groups`, and None for the other.
@@ -207,6 +213,14 @@ class IterNorm(RunningCovariance):
         update_stats: whether training moves the running statistics; also an argument of the call.
         skip_nonfinite: leave the running statistics alone on a batch with a NaN or infinite mean or
             covariance.
+        update_every: how many batches make one step of the running statistics: the k micro-batches
+            of gradient accumulation. The step is that of one batch of all their examples. Still
+            each of them is normalized by its own statistics. A batch without valid elements, or
+            one that `skip_nonfinite` leaves out, is one of the k, without evidence; a call with
+            `update_stats=False` is none.
+        ghost_batch_size: how many examples are normalized together, see `ghost_batches`; None for
+            the whole batch. The running statistics get the evidence of all. Not used while
+            initializing.
 
     Raises:
         TypeError: complex or integer input; a floating point mask; an epsilon that is no number; a

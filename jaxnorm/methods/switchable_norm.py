@@ -45,6 +45,7 @@ def switchable_norm(
     batch_axis: int | Sequence[int] = 0,
     where: ArrayLike | None = None,
     epsilon: float = 1e-5,
+    shift: ArrayLike | None = 0.0,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
@@ -67,6 +68,7 @@ def switchable_norm(
         where: boolean mask with as many axes as `x`, each of the size of `x` or 1; False does not
             count. See `normalize` for what happens to masked elements.
         epsilon: added to the variance, inside the root.
+        shift: an estimate of the batch's mean, as in `batch_norm`.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
             the batch extends: the batch statistics are pooled over them, those of an example never.
         axis_index_groups: groups of indices along `axis_name`; each is a batch of its own.
@@ -100,11 +102,11 @@ def switchable_norm(
     Source:
         Luo et al. 2018 (arXiv:1806.10779), equations 3 to 5.
     """
-    over = devices(axis_name, axis_index_groups, who)
+    devices(axis_name, axis_index_groups, who)
     options: dict[str, Any] = dict(axis=axis, batch_axis=batch_axis, where=where)
     options |= dict(epsilon=epsilon, dtype=dtype, who=who)
-    mapped = {} if over is None else dict(axis_name=axis_name, axis_index_groups=axis_index_groups)
-    return _normalized(x, None, mean_weight, var_weight, scale, bias, mapped=mapped, **options)
+    pooling = dict(shift=shift, axis_name=axis_name, axis_index_groups=axis_index_groups)
+    return _normalized(x, None, mean_weight, var_weight, scale, bias, pooling=pooling, **options)
 
 
 def switchable_norm_inference(
@@ -157,7 +159,7 @@ def switchable_norm_inference(
     stats_along(stats, jnp.shape(x), ax.canonical_axes(axis, jnp.ndim(x), who), who)
     options: dict[str, Any] = dict(axis=axis, batch_axis=batch_axis, where=where)
     options |= dict(epsilon=epsilon, dtype=dtype, who=who)
-    return _normalized(x, stats, mean_weight, var_weight, scale, bias, mapped={}, **options)[0]
+    return _normalized(x, stats, mean_weight, var_weight, scale, bias, pooling={}, **options)[0]
 
 
 def _normalized(
@@ -171,7 +173,7 @@ def _normalized(
     axis: int | Sequence[int],
     batch_axis: int | Sequence[int],
     where: ArrayLike | None,
-    mapped: dict[str, Any],
+    pooling: dict[str, Any],
     who: str,
     **options: Any,
 ) -> tuple[jax.Array, Moments]:
@@ -198,25 +200,28 @@ def _normalized(
         """Arrays with these axes, with all."""
         return jax.tree.map(lambda leaf: ax.lay_along(leaf, axes, len(kept)), value)
 
-    def from_evidence(x, each, stats, mean_weight, var_weight, scale, bias):
-        batch = pool(each, example_axes, **mapped)
+    batch = pool(each, example_axes, **pooling)
+
+    def from_evidence(x, each, batch, mean_weight, var_weight, scale, bias):
         mixed = _mixture(
             each.stats(),
             along(example_axes, pool(each, feature_axes).stats()),
-            along(feature_axes, batch.stats() if stats is None else stats),
+            along(feature_axes, batch),
             jax.nn.softmax(mean_weight),
             jax.nn.softmax(var_weight),
         )
         scale, bias = (
-            jnp.broadcast_to(leaf, each.var.shape) if leaf is not None else None
+            None if leaf is None else jnp.zeros_like(each.var, dtype=leaf.dtype) + leaf
             for leaf in along(feature_axes, (scale, bias))
         )
-        y = normalize_with_stats(x, mixed, scale, bias, axis=kept, where=where, who=who, **options)
-        return y, batch
+        return normalize_with_stats(
+            x, mixed, scale, bias, axis=kept, where=where, who=who, **options
+        )
 
-    # Rematerialized, so that of what is mixed and pooled nothing is kept for the backward pass.
+    # Rematerialized, so that of what is mixed nothing is kept for the backward pass.
     rematerialized = jax.checkpoint(from_evidence, prevent_cse=False)
-    return rematerialized(x, each, stats, mean_weight, var_weight, scale, bias)
+    stats = batch.stats() if stats is None else stats
+    return rematerialized(x, each, stats, mean_weight, var_weight, scale, bias), batch
 
 
 def _mixture(
@@ -273,9 +278,12 @@ class SwitchableNorm(Affine, RunningStats):
         axis_name: name or names of mapped axes over which the batch extends. Not used while
             initializing.
         axis_index_groups: groups of indices along `axis_name`; each is a batch of its own.
+        unbound_axis: in training where an axis of `axis_name` is not mapped, `"error"` raises
+            NameError, `"local"` leaves it out, and with the last one also `axis_index_groups`.
         batch_axis: the axis or axes of examples.
         weight_init: initializer of `mean_weight` and `var_weight`, ones: all three alike.
-        zero_centered_scale, debias, running_var, update_stats, skip_nonfinite: as in `BatchNorm`.
+        zero_centered_scale, debias, running_var, update_stats, skip_nonfinite, update_every,
+            ghost_batch_size: as in `BatchNorm`.
 
     Raises:
         TypeError, ValueError, NameError: as `BatchNorm`; ValueError also for an axis that is both
@@ -336,7 +344,8 @@ class SwitchableNorm(Affine, RunningStats):
         options |= dict(epsilon=self.epsilon, dtype=dtype, who=who)
         if use_running_average:
             return switchable_norm_inference(x, stored, *parameters, **options), {}
-        y, batch = switchable_norm(x, *parameters, **options, **self._mapped_axes(initializing))
+        options |= dict(shift=stored.mean, **self._mapped_axes(initializing, who))
+        y, batch = self._by_batches(switchable_norm, initializing)(x, *parameters, **options)
         if initializing or not update_stats:
             return y, {}
         return y, self._moved(values, stored, batch, who)

@@ -1,0 +1,263 @@
+"""The one formula that pools evidence.
+
+Everything that pools evidence passes through it: the elements of an array over some axes, two or
+more `Moments`, an axis of stacked `Moments`, the devices of a mapped axis. With parts i of count
+n_i, mean m_i and variance v_i,
+
+    n    = sum n_i
+    mean = sum n_i m_i / n
+    var  = sum n_i (v_i + |m_i - mean|^2) / n
+
+An element is a part with n_i = 1, m_i = x_i, v_i = 0, or with n_i = 0 under a mask. For two parts
+the formula is that of Chan, Golub & LeVeque 1983.
+
+About the origin (RMS norm) there is no mean, `mean=None`, and the variance is the mean of |x|^2:
+the same formula without its second term.
+
+It takes two passes over the parts and two collectives: for the mean, and for what is about it; or
+one of each, about a shift that is known beforehand.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxnorm.core import axes as ax
+from jaxnorm.core import precision
+from jaxnorm.core.devices import Devices, decide_alike, surely_equal
+
+Pooled = tuple[jax.Array, jax.Array | None, jax.Array]
+"""Count, mean and variance."""
+
+Look = Callable[[], tuple[jax.Array | float, jax.Array | None, jax.Array]]
+"""Gives count, mean and variance of each part."""
+
+NEAR = 8.0
+"""How many standard deviations a shift may be off: it costs at most a factor 1 + 64 in rounding, so
+that float32 keeps more than five digits of the variance."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Parts that lie along `axes` of arrays of `shape`, on this device or on all of `over`.
+
+    Sums keep these axes, with size 1. A value may have size 1 where `shape` has more: it stands for
+    equal values, and is not spread.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    over: Devices | None = None
+
+    @property
+    def number(self) -> int | None:
+        """How many there are, or None if groups of devices differ in size."""
+        local = ax.extent(self.shape, self.axes)
+        if self.over is None:
+            return local
+        return None if self.over.parts is None else local * self.over.parts
+
+    def sum(self, *values: jax.Array) -> tuple[jax.Array, ...]:
+        """The sums of several values over all parts, of all devices by one collective."""
+        local = tuple(self._local_sum(value) for value in values)
+        return local if self.over is None else self.over.sum(*local)
+
+    def sum_by_group(self, *values: jax.Array) -> tuple[jax.Array, ...]:
+        """The same for each group of devices: one row a group, along a new axis 0."""
+        return self.rows_of_local(*(self._local_sum(value) for value in values))
+
+    def rows_of_local(self, *sums: jax.Array) -> tuple[jax.Array, ...]:
+        """`sum_by_group` of what was summed on each device before."""
+        if self.over is None:
+            return tuple(jnp.expand_dims(value, 0) for value in sums)
+        return self.over.sum_by_group(*sums)
+
+    def own(self, rows: jax.Array) -> jax.Array:
+        """The row of this device's group."""
+        return rows.squeeze(0) if self.over is None else self.over.own(rows)
+
+    def _local_sum(self, value: jax.Array) -> jax.Array:
+        if not self.axes:
+            return value
+        parts = ax.extent(self.shape, self.axes)
+        copies = parts // ax.extent(value.shape, self.axes) if value.size else 1
+        return value.sum(self.axes, keepdims=True) * copies
+
+
+def reciprocal(count: jax.Array | float) -> jax.Array | float:
+    """1 / count, and 0 where `count` is not positive."""
+    if isinstance(count, float):
+        return 1 / count if count > 0 else 0.0
+    positive = count > 0
+    return jnp.where(positive, 1 / jnp.where(positive, count, jnp.ones_like(count)), 0)
+
+
+def weighted_sums(
+    count: jax.Array | float, value: jax.Array, parts: Parts
+) -> tuple[jax.Array | float, jax.Array]:
+    """The total count of all parts, and the sum of their values times their counts.
+
+    A `count` given as a Python number is the same for all parts and known at trace time: it costs
+    no sum and no traffic.
+    """
+    if isinstance(count, float) and parts.number is not None:
+        (weighted,) = parts.sum(count * value)
+        return count * parts.number, weighted
+    total, weighted = parts.sum(count * _ones(value), count * value)
+    return total, weighted
+
+
+def pooled(
+    look: Look, parts: Parts, shift: jax.Array | None = None, epsilon: float = 0.0
+) -> Pooled:
+    """The one pooling formula (see the top of this file): count, mean and variance of all `parts`.
+
+    Args:
+        look: gives the evidence of each part: its count, or one number for all; its mean, or None
+            about the origin; its variance, of size 1 where parts have the same. Each way of pooling
+            looks for itself: what a branch of the program shares with the rest is written out
+            before, and a float32 copy of a bfloat16 array would be dear.
+        parts: how they lie.
+        shift: an estimate of the mean, of size 1 along the axes of the parts. It changes how often
+            the parts are read, and rounding. None reads them twice.
+        epsilon: what will be added to the variance: beside it, errors of the variance may hide.
+    """
+    return (
+        _by_two_passes(look, parts) if shift is None else _by_one_pass(look, parts, shift, epsilon)
+    )
+
+
+def _by_two_passes(look: Look, parts: Parts) -> Pooled:
+    """The specification.
+
+    Numerics: the deviations are taken from a first estimate of the mean, and what they miss of the
+    true mean is put right afterwards. All sums that matter are then of small numbers, so that the
+    result keeps its digits at a mean of many standard deviations, also for the mean itself. The
+    first estimate cancels out of the result, so no derivative needs to pass through it.
+    """
+    count, mean, var = look()
+    total, weighted = weighted_sums(count, var if mean is None else mean, parts)
+    share = reciprocal(total)
+    if mean is None:
+        return _with_count_of_var(total, None, weighted * share)
+    pivot = lax.stop_gradient(weighted * share)
+    offset = mean - pivot
+    first, second = parts.sum(count * offset, count * (var + precision.abs_square(offset)))
+    first, second = first * share, second * share
+    return _with_count_of_var(
+        total, pivot + first, _clip_rounding(second - precision.abs_square(first))
+    )
+
+
+def _by_one_pass(look: Look, parts: Parts, shift: jax.Array, epsilon: float) -> Pooled:
+    """By one pass and one collective, unless the shift is too far off the mean.
+
+    About any shift s, with d_i = m_i - s,
+
+        mean = s + sum n_i d_i / n,   var = sum n_i (v_i + |d_i|^2) / n - |mean - s|^2
+
+    The subtraction loses digits as the mean moves away from the shift: the error of the variance is
+    about eps (1 + |mean - s|^2 / var) times the variance. Where that would show, two passes are
+    taken. A running mean is a good shift, known on all devices before the batch is; so is 0 for
+    most inputs of batch norm. Which way was taken changes rounding, and nothing else.
+    """
+    count, mean, var = look()
+    assert mean is not None
+    if not decide_alike(mean, parts.over):
+        return _by_two_passes(look, parts)
+    shift = usable_shift(shift, mean, parts.over)
+    offset = mean - shift
+    values = count * offset, count * (var + precision.abs_square(offset))
+    if isinstance(count, float) and parts.number is not None:
+        total = count * parts.number
+        first, second = parts.sum_by_group(*values)
+    else:
+        total, first, second = parts.sum_by_group(count * _ones(mean), *values)
+    share = reciprocal(total)
+    first, second = first * share, second * share
+    new_var = _clip_rounding(second - precision.abs_square(first))
+    # Asked so that NaN says no, and of all groups, since all must go the same way.
+    near = (precision.abs_square(first) <= NEAR**2 * (new_var + epsilon)).all()
+
+    def one_pass() -> Pooled:
+        rows = _with_count_of_var(total, jnp.expand_dims(shift, 0) + first, new_var)
+        return jax.tree.map(parts.own, rows)
+
+    return lax.cond(near, one_pass, lambda: _by_two_passes(look, parts))
+
+
+def pooled_given(
+    count: jax.Array, mean: jax.Array | None, var: jax.Array, parts: Parts, shift: jax.Array | None
+) -> Pooled:
+    """`pooled` for evidence that is there, with derivatives by all of it."""
+    if mean is None or shift is None:
+        return pooled(lambda: (count, mean, var), parts)
+    return _pooled_about(parts, count, mean, var, shift)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _pooled_about(
+    parts: Parts, count: jax.Array, mean: jax.Array, var: jax.Array, shift: jax.Array
+) -> Pooled:
+    return pooled(lambda: (count, mean, var), parts, shift)
+
+
+def _tangent_of_pooled(parts: Parts, primals, tangents):
+    """As a rule, so that derivatives know of no branches, and take one collective as well.
+
+    dmean = sum (n_i dm_i + dn_i (m_i - mean)) / n
+    dvar  = sum (n_i (dv_i + 2 <m_i - mean, dm_i>) + dn_i (v_i + |m_i - mean|^2 - var)) / n
+    """
+    together = _pooled_about(parts, *primals)
+
+    def tangent(primals, together, tangents):
+        count, mean, var, _ = primals
+        total, new_mean, new_var = together
+        dcount, dmean, dvar, _ = tangents
+        offset = mean - new_mean
+        first = count * dmean + dcount * offset
+        second = count * (dvar + 2 * precision.real_product(offset, dmean))
+        second += dcount * (var + precision.abs_square(offset) - new_var)
+        dtotal, first, second = parts.sum(dcount, first, second)
+        share = reciprocal(total)
+        return dtotal, first * share, second * share
+
+    return together, jax.checkpoint(tangent, prevent_cse=False)(primals, together, tangents)
+
+
+_pooled_about.defjvp(_tangent_of_pooled)
+
+
+def usable_shift(shift: jax.Array, mean: jax.Array, over: Devices | None) -> jax.Array:
+    """The shift in the dtype of `mean`, or 0 where it cannot serve as one.
+
+    It must be the same on all devices that pool, and a spoiled running mean must not spoil the
+    batch's.
+    """
+    shift = lax.stop_gradient(shift if jnp.iscomplexobj(mean) else shift.real).astype(mean.dtype)
+    usable = jnp.isfinite(shift)
+    if over is not None and not surely_equal(shift, over):
+        usable = jnp.zeros_like(usable)
+    return jnp.where(usable, shift, jnp.zeros_like(shift))
+
+
+def _with_count_of_var(count: jax.Array | float, mean: jax.Array | None, var: jax.Array) -> Pooled:
+    """The count of the shape of the variance."""
+    # Added to zeros of the variance, it has also its sharding, on meshes with explicit axes.
+    return jnp.zeros_like(var) + jnp.asarray(count, var.dtype), mean, var
+
+
+def _ones(value: jax.Array) -> jax.Array:
+    return jnp.ones((1,) * value.ndim, precision.real_dtype(value.dtype))
+
+
+def _clip_rounding(var: jax.Array) -> jax.Array:
+    """Puts a variance that rounding made negative to 0, and leaves its derivatives as they are.
+
+    `jnp.maximum` would halve them at 0, where a constant feature stands.
+    """
+    return var + lax.stop_gradient(jnp.where(var < 0, -var, jnp.zeros_like(var)))
