@@ -141,5 +141,14 @@ SUBJECTS = (
     Subject("IBNb", "IBNb", IMAGES, (4, 4, 2, 8), family.of_ibn_b, split=1),
 )
 
+ACCUMULATING = tuple(
+    subject._replace(
+        name=f"{subject.name}, a step every 3 batches",
+        options=subject.options | {"update_every": 3},
+    )
+    for subject in SUBJECTS
+    if hasattr(subject.cls("linen"), "update_every") and subject.name != "InstanceNorm"
+)
+
 EACH = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 BOTH = pytest.mark.parametrize("framework", FRAMEWORKS)

@@ -13,7 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from subjects import BOTH, EACH, SUBJECTS, drawn
+from subjects import ACCUMULATING, BOTH, EACH, SUBJECTS, drawn
 
 GOLDEN = Path(__file__).with_name("golden_variables.json")
 
@@ -35,7 +35,7 @@ def described(subject):
 
 
 def test_variables_are_as_written_down():
-    found = {subject.name: described(subject) for subject in SUBJECTS}
+    found = {subject.name: described(subject) for subject in (*SUBJECTS, *ACCUMULATING)}
     if os.environ.get("JAXNORM_UPDATE_GOLDEN"):
         GOLDEN.write_text(json.dumps(found, indent=2) + "\n")
     assert found == json.loads(GOLDEN.read_text())

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core import checks, precision
 from jaxnorm.core.axes import sizes
+from jaxnorm.methods.accumulation import PREFIX
 from jaxnorm.methods.spec import Slot
 
 
@@ -50,7 +51,9 @@ class Shell(nn.Module):
             else:
                 del slots["updates"]
         found = f"the input of shape {x.shape} has {checks.describe_features(x.shape, axes)}"
-        values = self._declare(slots, found)
+        absent = {} if initializing else self._absent_pending(slots)
+        there = {name: slot for name, slot in slots.items() if name not in absent}
+        values = self._declare(there, found) | absent
         dtype = self.dtype
         if dtype is None:
             params = (values[name].dtype for name in ("scale", "bias") if name in values)
@@ -59,6 +62,17 @@ class Shell(nn.Module):
         for name, value in changed.items():
             self.put_variable("batch_stats", name, value)
         return y
+
+    def _absent_pending(self: Any, slots: dict[str, Slot]) -> dict[str, jax.Array]:
+        """What stands for pending evidence that a checkpoint lacks: none.
+
+        Unlike a count of updates it may start at 0 at any time: nothing stored depends on it.
+        """
+        return {
+            name: slot.init(None, slot.shape, slot.dtype)
+            for name, slot in slots.items()
+            if name.startswith(PREFIX) and not self.has_variable(slot.collection, name)
+        }
 
     def _declare(self: Any, slots: dict[str, Slot], found_in_input: str) -> dict[str, Any]:
         """Creates or finds the variables of `slots`; returns their values by name."""

@@ -118,8 +118,9 @@ class AdaBN(BatchNorm):
 
     Variables: those of `BatchNorm` for the first domain, under the same names, so that a checkpoint
     of `BatchNorm` is one of this layer; for each other domain `mean_<domain>`, `var_<domain>` and,
-    with `debias` or `momentum=None`, `updates_<domain>`. With `separate_affine` also
-    `scale_<domain>` and `bias_<domain>`.
+    with `debias` or `momentum=None`, `updates_<domain>`; with `update_every` above 1 its own
+    `pending_count_<domain>` and so on. With `separate_affine` also `scale_<domain>` and
+    `bias_<domain>`.
 
     In Linen, variables of a call's domain that a checkpoint lacks: statistics start at (0, 1) with
     its first training call, and there is an error in inference, and for parameters. In NNX all
@@ -131,9 +132,9 @@ class AdaBN(BatchNorm):
             model: `nnx.view(model, domain="sketches")`.
         separate_affine: whether each domain has its own `scale` and `bias`, not only statistics.
         use_running_average, axis, momentum, epsilon, dtype, param_dtype, use_bias, use_scale,
-            bias_init, scale_init, axis_name, axis_index_groups, use_fast_variance,
-            zero_centered_scale, debias, running_var, update_stats, skip_nonfinite: as in
-            `BatchNorm`.
+            bias_init, scale_init, axis_name, axis_index_groups, unbound_axis, use_fast_variance,
+            zero_centered_scale, debias, running_var, update_stats, skip_nonfinite, update_every,
+            ghost_batch_size: as in `BatchNorm`; a call is one of the `update_every` of its domain.
 
     Raises:
         TypeError, ValueError, NameError: as `BatchNorm`; ValueError also for domains that are none,

@@ -18,8 +18,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks
 from jaxnorm.core.devices import AxisName
-from jaxnorm.core.moments import Moments, reciprocal
+from jaxnorm.core.moments import Moments
 from jaxnorm.core.normalize import normalize, normalize_with_stats
+from jaxnorm.core.pooling import reciprocal
 from jaxnorm.methods.affine import Affine
 from jaxnorm.methods.running_stats import RunningStats
 from jaxnorm.methods.spec import Initializer, Slot, Values
@@ -132,6 +133,8 @@ class InstanceNorm(Affine, RunningStats):
         axis_name: name or names of mapped axes over which the examples extend. Not used while
             initializing.
         axis_index_groups: groups of indices along `axis_name`; each holds examples of its own.
+        unbound_axis: in training where an axis of `axis_name` is not mapped, `"error"` raises
+            NameError, `"local"` leaves it out, and with the last one also `axis_index_groups`.
         use_fast_variance: accepted for Flax's sake; the variance is always right.
         track_running_stats: keep running averages of the examples' means and variances, by which
             inference normalizes, as in PyTorch. Training normalizes by the examples' own.
@@ -139,7 +142,9 @@ class InstanceNorm(Affine, RunningStats):
             here or at the call; without them it says nothing.
         momentum: weight of the OLD value in the running average; None for the cumulative average.
         zero_centered_scale: store the scale minus 1; `scale_init` is then zeros.
-        debias, running_var, update_stats, skip_nonfinite: of running statistics, as in `BatchNorm`.
+        debias, running_var, update_stats, skip_nonfinite, update_every: of running statistics, as
+            in `BatchNorm`; a step averages over the examples of all `update_every` batches.
+        ghost_batch_size: refused, since no examples are normalized together.
 
     Raises:
         TypeError: integer input; a floating point mask; an epsilon that is no number; a result that
@@ -175,6 +180,19 @@ class InstanceNorm(Affine, RunningStats):
     track_running_stats: bool = False
     use_running_average: bool | None = None
     momentum: float | None = 0.99
+
+    def _check_options(self, who: str) -> None:
+        super()._check_options(who)
+        if self.update_every > 1 and not self.track_running_stats:
+            raise ValueError(
+                f"{who}: update_every={self.update_every} batches for one step of the running "
+                f"statistics, but there are none. Drop it, or set track_running_stats=True."
+            )
+        if self.ghost_batch_size is not None:
+            raise ValueError(
+                f"{who}: ghost_batch_size={self.ghost_batch_size} would group examples, but each "
+                f"is normalized by itself. Drop it."
+            )
 
     def _feature_axes(self, ndim: int, who: str) -> tuple[int, ...]:
         axes = ax.canonical_axes(self.feature_axes, ndim, who, "feature_axes")
@@ -215,11 +233,23 @@ class InstanceNorm(Affine, RunningStats):
         if use_running_average:
             stored = self._stored(values, x, who)
             return normalize_with_stats(x, stored, scale, bias, **options), {}
-        y, each = instance_norm(x, scale, bias, **options, **self._mapped_axes(initializing))
+        y, each = instance_norm(x, scale, bias, **options, **self._mapped_axes(initializing, who))
         if initializing or not update_stats:
             return y, {}
         average = _average(each, ddof=int(self.running_var == "unbiased"))
         return y, self._moved(values, self._stored(values, x, who), average, who, ddof=0)
+
+    def _merged(self, pending: Moments, batch: Moments) -> Moments:
+        """The average over the examples of both, as `_average` takes it of one batch."""
+        count = pending.count + batch.count
+        share = batch.count * reciprocal(count)
+
+        def average(old: jax.Array, new: jax.Array) -> jax.Array:
+            return old + share.astype(old.dtype) * (new - old)
+
+        assert pending.mean is not None
+        assert batch.mean is not None
+        return Moments(count, average(pending.mean, batch.mean), average(pending.var, batch.var))
 
 
 def _average(each: Moments, ddof: int) -> Moments:

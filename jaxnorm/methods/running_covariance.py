@@ -12,10 +12,10 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm.core import precision
-from jaxnorm.core.covariance import Comoments, JointStats
-from jaxnorm.core.devices import devices
+from jaxnorm.core.covariance import Comoments, JointStats, merge_comoments
 from jaxnorm.core.feature_groups import feature_axis, group_shape
 from jaxnorm.core.running_covariance import update_running_covariance
+from jaxnorm.methods.accumulation import accumulate
 from jaxnorm.methods.affine import Affine
 from jaxnorm.methods.running_stats import RunningStats, check_width
 from jaxnorm.methods.spec import Slot, Values
@@ -51,14 +51,11 @@ class RunningCovariance(Affine, RunningStats):
     def _slots(self: Any, features: tuple[int, ...], is_complex: bool, who: str) -> dict[str, Slot]:
         groups, size = group_shape(features[0], self.num_groups, self.group_size, who)
         real = precision.promote(precision.real_dtype(self.param_dtype), jnp.float32)
-        zeros = jax.nn.initializers.zeros
-        slots = {
-            "mean": Slot("batch_stats", features, real, zeros),
+        stats = {
+            "mean": Slot("batch_stats", features, real, jax.nn.initializers.zeros),
             "cov": Slot("batch_stats", (groups, size, size), real, _identities),
         }
-        if self.debias or self.momentum is None:
-            slots["updates"] = Slot("batch_stats", (groups,), jnp.int32, zeros)
-        return slots | self._affine_slots(features)
+        return self._with_bookkeeping(stats, (groups,)) | self._affine_slots(features)
 
     def _transform(
         self: Any,
@@ -80,11 +77,12 @@ class RunningCovariance(Affine, RunningStats):
         if use_running_average:
             return self._by_stats(x, stored, *affine, **options), {}
         options |= dict(num_groups=self.num_groups, group_size=self.group_size)
-        y, batch = self._by_batch(x, *affine, **options, **self._mapped_axes(initializing))
+        options |= dict(shift=values["mean"], **self._mapped_axes(initializing, who))
+        y, batch = self._by_batches(self._by_batch, initializing)(x, *affine, **options)
         if initializing:
             return y, {}
         if mask is None:
-            self._warn_of_few_examples(x.size // max(batch.mean.size, 1), cov.shape[-1], who)
+            self._warn_of_few_examples(x, cov, who)
         return y, self._moved_covariance(values, stored, batch, who) if update_stats else {}
 
     def _moved_covariance(
@@ -92,23 +90,31 @@ class RunningCovariance(Affine, RunningStats):
     ) -> dict[str, jax.Array]:
         """The new values of the running statistics after a batch with this evidence."""
         check_width({"mean": stored.mean, "cov": stored.cov}, who)
+        batch, pending = lax.stop_gradient(batch), {}
+        if self.update_every > 1:
+            batch, pending = accumulate(
+                values,
+                batch,
+                self.update_every,
+                merge=merge_comoments,
+                skip_nonfinite=self.skip_nonfinite,
+            )
         new, updates = update_running_covariance(
             stored,
-            lax.stop_gradient(batch),
+            batch,
             momentum=self.momentum,
             updates=values.get("updates"),
             debias=self.debias,
             ddof=int(self.running_var == "unbiased"),
             skip_nonfinite=self.skip_nonfinite,
         )
-        changed = {"mean": new.mean.reshape(-1), "cov": new.cov}
+        changed = pending | {"mean": new.mean.reshape(-1), "cov": new.cov}
         return changed if updates is None else changed | {"updates": updates}
 
-    def _warn_of_few_examples(self: Any, local_count: int, size: int, who: str) -> None:
-        over = devices(self.axis_name, self.axis_index_groups, who)
-        parts = 1 if over is None else over.parts
-        if parts is not None and local_count * parts <= size:
-            count = local_count * parts
+    def _warn_of_few_examples(self: Any, x: jax.Array, cov: jax.Array, who: str) -> None:
+        groups, size, _ = cov.shape
+        count = self._values_together(x, groups * size, who)
+        if count is not None and count <= size:
             warnings.warn(
                 f"{who}: trains on {count} examples for groups of {size} features, too few to know "
                 f"their covariance, which has rank {max(count - 1, 0)} at most. Use larger "

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm.core import precision
-from jaxnorm.core.devices import devices
-from jaxnorm.core.moments import Moments, Stats
+from jaxnorm.core.moments import Moments, Stats, merge
 from jaxnorm.core.running import check_averaging, update_running
+from jaxnorm.methods.accumulation import accumulate, check_update_every, pending_slots
+from jaxnorm.methods.ghost_batches import Norm, check_groups, check_size, ghost_batches
 from jaxnorm.methods.spec import Slot, Spec, Values
 
 
@@ -27,16 +28,26 @@ class RunningStats(Spec):
         update_stats: whether training moves the running statistics; also an argument of the call.
         skip_nonfinite: leave the running statistics alone on a batch with a NaN or infinite mean or
             variance.
+        update_every: how many batches make one step of the running statistics, see
+            `accumulation.py`.
+        ghost_batch_size: how many examples are normalized together, see `ghost_batches.py`; None
+            for the whole batch.
     """
 
     debias: bool = False
     running_var: Literal["biased", "unbiased"] = "biased"
     update_stats: bool = True
     skip_nonfinite: bool = False
+    update_every: int = 1
+    ghost_batch_size: int | None = None
 
     def _check_options(self: Any, who: str) -> None:
         super()._check_options(who)
         check_averaging(self.momentum, self.debias, who)
+        check_update_every(self.update_every, who)
+        if self.ghost_batch_size is not None:
+            check_size(self.ghost_batch_size, who)
+            check_groups(self.ghost_batch_size, self.axis_index_groups, who)
         if self.running_var not in ("biased", "unbiased"):
             raise ValueError(
                 f"{who}: running_var={self.running_var!r} is unknown. "
@@ -77,12 +88,23 @@ class RunningStats(Spec):
         zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
         real = precision.promote(precision.real_dtype(self.param_dtype), jnp.float32)
         mean_dtype = precision.promote(real, jnp.complex64) if is_complex else real
-        slots = {
-            "mean": Slot("batch_stats", features, mean_dtype, zeros),
-            "var": Slot("batch_stats", features, real, ones),
-        }
+        return self._with_bookkeeping(
+            {
+                "mean": Slot("batch_stats", features, mean_dtype, zeros),
+                "var": Slot("batch_stats", features, real, ones),
+            },
+            features,
+        )
+
+    def _with_bookkeeping(
+        self: Any, stats: dict[str, Slot], counted: tuple[int, ...]
+    ) -> dict[str, Slot]:
+        """Running statistics and what it takes to move them, with counts of the shape `counted`."""
+        slots = dict(stats)
         if self.debias or self.momentum is None:
-            slots["updates"] = Slot("batch_stats", features, jnp.int32, zeros)
+            slots["updates"] = Slot("batch_stats", counted, jnp.int32, jax.nn.initializers.zeros)
+        if self.update_every > 1:
+            slots |= pending_slots(stats, counted)
         return slots
 
     def _stored(self, values: Values, x: jax.Array, who: str) -> Stats:
@@ -110,9 +132,29 @@ class RunningStats(Spec):
         `ddof` is what is taken off the count in its variance, by default what the options say.
         """
         check_width({"mean": stored.mean, "var": stored.var}, who)
+        batch = lax.stop_gradient(batch)
+        if self.update_every == 1:
+            return self._blended(values, stored, batch, ddof)
+        due, pending = accumulate(
+            values,
+            batch,
+            self.update_every,
+            merge=self._merged,
+            skip_nonfinite=self.skip_nonfinite,
+        )
+        return self._blended(values, stored, due, ddof) | pending
+
+    def _merged(self, pending: Moments, batch: Moments) -> Moments:
+        """The evidence of batches together."""
+        return merge(pending, batch)
+
+    def _blended(
+        self: Any, values: Values, stored: Stats, batch: Moments, ddof: int | None
+    ) -> dict[str, jax.Array]:
+        """The new values of the running statistics after one step of their average."""
         new, updates = update_running(
             stored,
-            lax.stop_gradient(batch),
+            batch,
             momentum=self.momentum,
             updates=values.get("updates"),
             debias=self.debias,
@@ -123,9 +165,23 @@ class RunningStats(Spec):
         changed = {"mean": new.mean, "var": new.var}
         return changed if updates is None else changed | {"updates": updates}
 
-    def _warn_of_single_values(self: Any, local_count: int, who: str) -> None:
-        over = devices(self.axis_name, self.axis_index_groups, who)
-        if local_count == 1 and (over is None or over.parts == 1):
+    def _by_batches(self: Any, norm: Norm, initializing: bool) -> Norm:
+        """`norm` over the batches that are normalized together."""
+        if self.ghost_batch_size is None or initializing:
+            return norm
+        return ghost_batches(norm, self.ghost_batch_size)
+
+    def _values_together(self: Any, x: jax.Array, features: int, who: str) -> int | None:
+        """How many values of each feature are normalized together, None if that differs."""
+        local = x.size // max(features, 1)
+        if self.ghost_batch_size is not None:
+            return self.ghost_batch_size * local // max(x.shape[0], 1)
+        over = self._pooled_over(who)
+        parts = 1 if over is None else over.parts
+        return None if parts is None else local * parts
+
+    def _warn_of_single_values(self: Any, x: jax.Array, features: int, who: str) -> None:
+        if self._values_together(x, features, who) == 1:
             warnings.warn(
                 f"{who}: trains on one value per feature, which is its own mean: the output is the "
                 f"bias whatever the input, and the running variance decays to 0. Use larger "
