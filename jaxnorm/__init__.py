@@ -1,16 +1,17 @@
 """Normalization for JAX: statistics, normalizations and their derivatives.
 
 Pure functions and values are here and load no Flax. The Flax modules are in `jaxnorm.linen` and
-`jaxnorm.nnx`, loaded when first used.
+`jaxnorm.nnx`, what works on whole models in `jaxnorm.tools`, reports in `jaxnorm.diagnose`: all
+loaded when first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
 from jaxnorm.citation import cite as cite
+from jaxnorm.core.comoments import comoments as comoments
 from jaxnorm.core.covariance import Comoments as Comoments
 from jaxnorm.core.covariance import JointStats as JointStats
-from jaxnorm.core.covariance import comoments as comoments
 from jaxnorm.core.covariance import merge_comoments as merge_comoments
 from jaxnorm.core.covariance import pool_comoments as pool_comoments
 from jaxnorm.core.moments import Moments as Moments
@@ -19,6 +20,7 @@ from jaxnorm.core.moments import merge as merge
 from jaxnorm.core.moments import moments as moments
 from jaxnorm.core.moments import pool as pool
 from jaxnorm.core.normalize import normalize as normalize
+from jaxnorm.core.replicas import pool_stats as pool_stats
 from jaxnorm.core.running import bessel as bessel
 from jaxnorm.core.running import cumulative_average as cumulative_average
 from jaxnorm.core.running import debiased_ema as debiased_ema
@@ -45,6 +47,7 @@ from jaxnorm.methods.decorrelated_batch_norm import (
 from jaxnorm.methods.decorrelated_batch_norm import (
     decorrelated_batch_norm_inference as decorrelated_batch_norm_inference,
 )
+from jaxnorm.methods.ghost_batches import ghost_batches as ghost_batches
 from jaxnorm.methods.group_norm import group_norm as group_norm
 from jaxnorm.methods.ibn import ibn_a as ibn_a
 from jaxnorm.methods.ibn import ibn_a_inference as ibn_a_inference
@@ -70,13 +73,15 @@ from jaxnorm.methods.whitening import whiten as whiten
 from jaxnorm.methods.whitening import whitening_matrix as whitening_matrix
 
 if TYPE_CHECKING:
+    from jaxnorm import diagnose as diagnose
     from jaxnorm import linen as linen
     from jaxnorm import nnx as nnx
+    from jaxnorm import tools as tools
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    if name in ("linen", "nnx"):
+    if name in ("diagnose", "linen", "nnx", "tools"):
         return importlib.import_module(f"jaxnorm.{name}")
     raise AttributeError(f"module 'jaxnorm' has no attribute {name!r}")

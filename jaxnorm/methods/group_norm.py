@@ -20,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks
 from jaxnorm.core.devices import AxisName
-from jaxnorm.core.feature_groups import group_shape
+from jaxnorm.core.feature_groups import group_shape, placed_by_compiler
 from jaxnorm.core.normalize import normalize
 from jaxnorm.methods.affine import Affine
 from jaxnorm.methods.spec import Initializer, Slot, Values
@@ -76,7 +76,8 @@ def group_norm(
 
     Numerics:
         As `normalize`: float32 or wider, one rounding, right at means of many standard deviations,
-        `x` and statistics kept for the backward pass.
+        `x` and statistics kept for the backward pass. Under `jax.jit` features may lie on several
+        devices, also where these cut groups: only sums travel.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
@@ -92,29 +93,35 @@ def group_norm(
     axes = reduced_axes(axes, axis, x.ndim, who, "axes")
     groups = group_shape(x.shape[axis], num_groups, group_size, who)
     where = checks.boolean_mask(where, x.shape, who)
-    if where is not None:
-        split = groups if where.shape[axis] > 1 else (1, 1)
-        where = where.reshape(*where.shape[:axis], *split, *where.shape[axis + 1 :])
+    scale = checks.feature_array(scale, x.shape, (axis,), who, "scale")
+    bias = checks.feature_array(bias, x.shape, (axis,), who, "bias")
 
-    def grouped(value: ArrayLike | None, what: str) -> jax.Array | None:
-        checked = checks.feature_array(value, x.shape, (axis,), who, what)
-        return None if checked is None else checked.reshape(groups)
+    def by_group(
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        where: jax.Array | None,
+    ) -> jax.Array:
+        if where is not None:
+            split = groups if where.shape[axis] > 1 else (1, 1)
+            where = where.reshape(*where.shape[:axis], *split, *where.shape[axis + 1 :])
+        y, _ = normalize(
+            x.reshape(*x.shape[:axis], *groups, *x.shape[axis + 1 :]),
+            None if scale is None else scale.reshape(groups),
+            None if bias is None else bias.reshape(groups),
+            # The features of a group are the second of the two axes that `axis` was split into.
+            axes=tuple(a + (a >= axis) for a in axes),
+            axis=(axis, axis + 1),
+            where=where,
+            epsilon=epsilon,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            dtype=dtype,
+            who=who,
+        )
+        return y.reshape(x.shape)
 
-    y, _ = normalize(
-        x.reshape(*x.shape[:axis], *groups, *x.shape[axis + 1 :]),
-        grouped(scale, "scale"),
-        grouped(bias, "bias"),
-        # The features of a group are the second of the two axes that `axis` was split into.
-        axes=tuple(a + (a >= axis) for a in axes),
-        axis=(axis, axis + 1),
-        where=where,
-        epsilon=epsilon,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        dtype=dtype,
-        who=who,
-    )
-    return y.reshape(x.shape)
+    return placed_by_compiler(by_group, x, axis)(x, scale, bias, where)
 
 
 def reduced_axes(
@@ -159,6 +166,8 @@ class GroupNorm(Affine):
         axis_name: name or names of mapped axes over which the examples extend. Not used while
             initializing.
         axis_index_groups: groups of indices along `axis_name`; each holds examples of its own.
+        unbound_axis: in training where an axis of `axis_name` is not mapped, `"error"` raises
+            NameError, `"local"` leaves it out, and with the last one also `axis_index_groups`.
         use_fast_variance: accepted for Flax's sake; the variance is always right.
         axis: the feature axis.
         zero_centered_scale: store the scale minus 1; `scale_init` is then zeros.
@@ -224,6 +233,6 @@ class GroupNorm(Affine):
             epsilon=self.epsilon,
             dtype=dtype,
             who=who,
-            **self._mapped_axes(initializing),
+            **self._mapped_axes(initializing, who),
         )
         return y, {}

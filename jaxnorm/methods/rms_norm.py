@@ -104,6 +104,8 @@ class RMSNorm(Affine):
         axis_name: name or names of mapped axes over which the features of an example extend. Not
             used while initializing.
         axis_index_groups: groups of indices along `axis_name`; each holds examples of its own.
+        unbound_axis: in training where an axis of `axis_name` is not mapped, `"error"` raises
+            NameError, `"local"` leaves it out, and with the last one also `axis_index_groups`.
         use_fast_variance: accepted for Flax's sake; without a mean there is but one way.
         zero_centered_scale: store the scale minus 1; `scale_init` is then zeros.
 
@@ -157,6 +159,6 @@ class RMSNorm(Affine):
             epsilon=self.epsilon,
             dtype=dtype,
             who=who,
-            **self._mapped_axes(initializing),
+            **self._mapped_axes(initializing, who),
         )
         return y, {}

@@ -9,12 +9,13 @@ Methods are underscored because `nnx.tabulate` wraps public ones.
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 
-from jaxnorm.core.devices import devices
+from jaxnorm.core.devices import Devices, axis_names, check_bound, devices, is_bound
 
 Initializer = Callable[..., Any]
 Values = Mapping[str, jax.Array]
@@ -29,11 +30,19 @@ class Slot(NamedTuple):
     init: Initializer
 
 
+@dataclasses.dataclass(eq=False, repr=False, kw_only=True)
 class Spec:
     """A method that maps an activation to one of the same shape, with or without statistics.
 
-    Its options `axis_name` and `axis_index_groups` name the mapped axes it pools over.
+    Its fields `axis_name` and `axis_index_groups` name the mapped axes it pools over.
+
+    Args:
+        unbound_axis: what to do in training where an axis of `axis_name` is not mapped: `"error"`
+            raises NameError, `"local"` pools over the others, or over none, where there are no
+            `axis_index_groups` either. Initializing never pools, whatever is mapped.
     """
+
+    unbound_axis: Literal["error", "local"] = "error"
 
     _axis_option: ClassVar[str] = "axis"
     """The option that says where the features are, for messages."""
@@ -42,6 +51,11 @@ class Spec:
         """Raises ValueError if options contradict each other."""
         if self.axis_index_groups is not None and self.axis_name is None:
             devices(None, self.axis_index_groups, who)
+        if self.unbound_axis not in ("error", "local"):
+            raise ValueError(
+                f"{who}: unbound_axis={self.unbound_axis!r} is unknown. "
+                f"Use unbound_axis='error' or unbound_axis='local'."
+            )
 
     @abc.abstractmethod
     def _feature_axes(self, ndim: int, who: str) -> tuple[int, ...]:
@@ -72,8 +86,28 @@ class Spec:
             The result, and the new values of the variables that changed.
         """
 
-    def _mapped_axes(self: Any, initializing: bool) -> dict[str, Any]:
-        """Over which mapped axes to pool: none while initializing, when none need exist."""
-        if initializing:
-            return {}
-        return dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups)
+    def _mapped_axes(self: Any, initializing: bool, who: str) -> dict[str, Any]:
+        """Over which mapped axes to pool: none while initializing, when none need exist.
+
+        Raises:
+            NameError: one of them is not bound, and must be.
+            ValueError: groups are numbered along one that is not bound.
+        """
+        if initializing or self.axis_name is None:
+            return dict(axis_name=None, axis_index_groups=None)
+        names, groups = axis_names(self.axis_name), self.axis_index_groups
+        if self.unbound_axis == "error":
+            option = " To pool over what is mapped, or not at all: unbound_axis='local'."
+            check_bound(names, who, option)
+        bound = tuple(name for name in names if is_bound(name))
+        if groups is not None and 0 < len(bound) < len(names):
+            raise ValueError(
+                f"{who}: axis_index_groups count the devices along all of axis_name={names}, of "
+                f"which only {bound} are bound here. Map all of them or none, or use "
+                f"axis_index_groups=None."
+            )
+        return dict(axis_name=bound or None, axis_index_groups=groups if bound else None)
+
+    def _pooled_over(self, who: str) -> Devices | None:
+        """The mapped axes over which a training call pools, or None for none."""
+        return devices(**self._mapped_axes(False, who), who=who)
