@@ -1,5 +1,9 @@
-"""The main example, in its quick form, on the data that need no files."""
+"""The examples, in their quick forms, on the data that need no files."""
 
+import contextlib
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,3 +60,68 @@ def test_the_nnx_twin_learns(example):
     import batch_norm_digits_nnx
 
     assert batch_norm_digits_nnx.main(batch_norm_digits_nnx.Options()) >= 0.95
+
+
+def run_on_devices(*command):
+    """Runs Python with the examples at hand, on CPU devices that are not those of the tests.
+
+    Returns the exit code, what was printed, and the errors. Nothing that it starts outlives it.
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(EXAMPLES)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *command], env=environment, start_new_session=True, **pipes
+    )
+    try:
+        printed, errors = process.communicate(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, printed, errors
+
+
+def test_all_ways_onto_several_devices_agree():
+    command = EXAMPLES / "batch_norm_devices.py", "--quick", "--devices", "4"
+    code, printed, errors = run_on_devices(*command)
+    assert code == 0, printed + errors
+    assert "on each: 64 3 0 0" in " ".join(printed.split())
+    assert "all agree with one device, to rounding" in printed
+    for way in ("jit", "shard_map", "pmap", "processes"):
+        assert f"def by_{way}(task: Task)" in printed
+        assert f" {way} " in printed
+
+
+def test_a_mean_of_means_is_noticed():
+    """What Flax's layer takes on devices with 64 and 3 valid images."""
+    code, printed, errors = run_on_devices(
+        "-c",
+        "import batch_norm_devices as example, digits_convnet, flax.linen\n"
+        "digits_convnet.jnn = flax.linen\n"
+        "options = dict(steps=11, batch_size=128, devices=2, ways=('shard_map',))\n"
+        "assert not example.main(example.Options(**options))",
+    )
+    assert code == 0, printed + errors
+    assert "more than rounding away from one device: shard_map" in printed
+
+
+def test_a_batch_that_does_not_fit_the_devices_is_refused():
+    command = EXAMPLES / "batch_norm_devices.py", "--batch-size", "100"
+    code, printed, errors = run_on_devices(*command)
+    assert code == 2, printed + errors
+    assert "--batch-size 100 does not fit 8 devices evenly; --batch-size 104 does" in errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "--steps must be at least 1, not 0"),
+        ({"batch_size": -1}, "--batch-size must be at least 1"),
+        ({"devices": 0}, "--devices must be at least 1"),
+        ({"ways": ()}, "--ways needs at least one of jit, shard_map, pmap, processes"),
+    ],
+)
+def test_impossible_options_for_devices_are_refused(example, change, message):
+    import batch_norm_devices
+
+    with pytest.raises(example.UsageError, match=message):
+        batch_norm_devices.main(batch_norm_devices.Options(**change))
