@@ -98,6 +98,18 @@ MISTAKES_WITH_METHODS = [
         r"^ema: the old estimate has a mean and.*mean=None.*use_mean=True",
     ),
     Row(
+        "shift of another shape",
+        lambda: jaxnorm.batch_norm(X, shift=jnp.zeros(3)),
+        ValueError,
+        r"^batch_norm: shift.*\(3,\)",
+    ),
+    Row(
+        "estimate for evidence",
+        lambda: jaxnorm.normalize(X, axes=0, evidence=jaxnorm.moments(X, 0).stats()),
+        TypeError,
+        r"^normalize: .*Moments.*Stats.*jaxnorm\.moments",
+    ),
+    Row(
         "domain by position",
         lambda: nnx_layer("AdaBN", 6, domains=("a", "b"))(X, "b"),
         TypeError,
@@ -137,6 +149,12 @@ MISTAKES_WITH_METHODS = [
         lambda: nnx_layer("BatchNorm", 6, momentum="a"),
         TypeError,
         r"^BatchNorm\(num_features=6\): momentum='a' must be a number.*momentum=0\.99",
+    ),
+    Row(
+        "accumulation for statistics that there are not",
+        lambda: nnx_layer("InstanceNorm", 6, update_every=4),
+        ValueError,
+        r"^InstanceNorm\(num_features=6\): update_every=4.*are none.*track_running_stats=True",
     ),
     Row(
         "mask of one value",

@@ -284,6 +284,24 @@ MISTAKES_AT_DOORS = (
         at=LAYERS,
         options={"running_var": "sample"},
     )
+    + rows(
+        "a step of the statistics after no batch",
+        ValueError,
+        r"update_every=0 batches.*update_every=1.*update_stats=False",
+        at=LAYERS,
+        options={"update_every": 0},
+    )
+    + [
+        row
+        for kind, value in (("a truth", True), ("a fraction", 1.5), ("text", "4"))
+        for row in rows(
+            f"number of batches that is {kind}",
+            TypeError,
+            rf"update_every={value!r} must be an integer.*update_every=1.*MultiSteps",
+            at=LAYERS,
+            options={"update_every": value},
+        )
+    ]
     # Training or inference
     + rows(
         "neither training nor inference",

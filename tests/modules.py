@@ -112,6 +112,8 @@ OUR_OPTIONS = {
     "debias",
     "running_var",
     "skip_nonfinite",
+    "unbound_axis",
+    "update_every",
     "update_stats",
     "zero_centered_scale",
 }

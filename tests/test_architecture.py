@@ -23,6 +23,8 @@ MAY_IMPORT = {
     "methods": {"core"},
     "linen": {"core", "methods"},
     "nnx": {"core", "methods"},
+    "tools": {"core", "methods"},
+    "diagnose": {"core", "methods"},
 }
 
 

@@ -195,14 +195,16 @@ def test_same_structure_of_the_nnx_state(norm):
 # Signatures
 
 OUR_OPTIONS = {
-    "LayerNorm": {"zero_centered_scale"},
+    "LayerNorm": {"zero_centered_scale", "unbound_axis"},
     "RMSNorm": {
         "zero_centered_scale",
+        "unbound_axis",
         "bias_metadata",
     },  # the latter only in NNX, where it is refused
-    "GroupNorm": {"zero_centered_scale", "axis"},
+    "GroupNorm": {"zero_centered_scale", "unbound_axis", "axis"},
     "InstanceNorm": {
         "zero_centered_scale",
+        "unbound_axis",
         "track_running_stats",
         "use_running_average",
         "momentum",
@@ -210,6 +212,7 @@ OUR_OPTIONS = {
         "running_var",
         "update_stats",
         "skip_nonfinite",
+        "update_every",
     },
 }
 OUR_CALL = {"InstanceNorm": {"use_running_average", "update_stats"}}

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from batch_family_mistakes import ROWS as WITH_THE_BATCH_FAMILY
+from diagnose_mistakes import ROWS as WITH_DIAGNOSE
 from flax import errors, nnx
 from method_mistakes import MISTAKES_WITH_METHODS
 from mistakes import DOORS, KEY, MISTAKES_AT_DOORS, SHAPE, Call, Row
+from replicas_mistakes import ROWS as WITH_REPLICAS
 from weight_mistakes import ROWS as WITH_WEIGHTS
 from whitening_mistakes import ROWS as WITH_WHITENING
 
@@ -36,6 +38,8 @@ ROWS = [
     *MISTAKES_AT_DOORS,
     *MISTAKES_WITH_METHODS,
     *WITH_THE_BATCH_FAMILY,
+    *WITH_DIAGNOSE,
+    *WITH_REPLICAS,
     *WITH_WEIGHTS,
     *WITH_WHITENING,
     Row(

@@ -1,4 +1,4 @@
-"""The code in the README runs, and its commands are those that CI runs."""
+"""The code in the README and in the page on devices runs, and the commands are those of CI."""
 
 import re
 from pathlib import Path
@@ -14,12 +14,25 @@ import jaxnorm
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def blocks_of(page):
+    return re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+
+
+BLOCKS = blocks_of(README)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[0])
 def test_code_runs(block):
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_code_about_devices_runs():
+    """From top to bottom: there, a block goes on from those before."""
+    namespace = {}
+    for block in blocks_of((REPOSITORY / "docs" / "devices.md").read_text()):
+        exec(compile(block, block.strip().splitlines()[0], "exec"), namespace)
 
 
 def steps_to_copy(word):
@@ -84,6 +97,10 @@ def test_ci_runs_the_commands_of_the_readme():
         assert command in script, command
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (REPOSITORY / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "docs/devices.md"])
+def test_links_lead_somewhere(page):
+    folder, text = (REPOSITORY / page).parent, (REPOSITORY / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("http") or (folder / target).exists(), target
+    for file in re.findall(r"`(?:python )?((?:tests|docs|benchmarks|examples)/[\w/.]+)`", text):
+        assert (REPOSITORY / file).exists(), file

@@ -24,7 +24,7 @@ from jaxnorm.core import checks
 from jaxnorm.core.devices import AxisName, Devices, decide_alike, devices
 from jaxnorm.core.matrix_roots import symmetric
 from jaxnorm.core.moments import shift_along
-from jaxnorm.core.pooling import NEAR, Parts, reciprocal, usable_shift, weighted_sums
+from jaxnorm.core.pooling import Parts, reciprocal, usable_shift, weighted_sums
 
 
 @jax.tree_util.register_dataclass
@@ -86,6 +86,10 @@ class Comoments:
             cov=jnp.where(known[..., None, None], self.cov * correction, identity),
         )
 
+
+NEAR_JOINTLY = 2.0
+"""How many standard deviations a shift may be off. Less than for single features: the error, up to
+1 + 4 roundings of the variances, must stay small beside the smallest eigenvalue."""
 
 JointLook = Callable[[], tuple[jax.Array | float, jax.Array, jax.Array | None]]
 """Gives count, mean and covariance of each part."""
@@ -167,7 +171,7 @@ def pooled_jointly(
     pivot = jnp.expand_dims(squeezed(shift), 0)
     evidence = put_together(total, pivot, *rows)
     var = jnp.diagonal(evidence.cov, axis1=-2, axis2=-1)
-    near = (jnp.square(evidence.mean - pivot) <= NEAR**2 * (var + epsilon)).all()
+    near = (jnp.square(evidence.mean - pivot) <= NEAR_JOINTLY**2 * (var + epsilon)).all()
     return lax.cond(near, lambda: jax.tree.map(parts.own, evidence), two_passes)
 
 
