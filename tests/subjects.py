@@ -150,5 +150,22 @@ ACCUMULATING = tuple(
     if hasattr(subject.cls("linen"), "update_every") and subject.name != "InstanceNorm"
 )
 
+
+def in_turn(firsts, others, always=()):
+    """All pairs as parameters, of which the default run takes one of the others for each, in turn.
+
+    So each of either kind is there without their product; a run with -m slow takes the rest. What
+    is `always` taken is so for each of the first.
+    """
+    turns = [other for other in others if other not in always]
+
+    def pair(i, first, other):
+        taken = other in always or other == turns[i % len(turns)]
+        name = f"{getattr(first, 'name', first)}-{other}"
+        return pytest.param(first, other, id=name, marks=() if taken else pytest.mark.slow)
+
+    return [pair(i, first, other) for i, first in enumerate(firsts) for other in others]
+
+
 EACH = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 BOTH = pytest.mark.parametrize("framework", FRAMEWORKS)

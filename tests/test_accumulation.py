@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from modules import FRAMEWORKS, Layer, draw, draw_mask
-from subjects import ACCUMULATING, BOTH, drawn
+from subjects import ACCUMULATING, drawn, in_turn
 from test_laws import MOVING
 from test_running_state import RULES, SHAPE, assert_state, expected_state
 
@@ -86,8 +86,7 @@ def train_on(layer: Layer, batches, masks=None, stats=None):
 # Laws of all methods
 
 
-@EACH
-@BOTH
+@pytest.mark.parametrize(("subject", "framework"), in_turn(ACCUMULATING, FRAMEWORKS))
 def test_micro_batches_store_what_they_would_as_one_batch(x64, framework, subject):
     """Over two steps, with masks that leave unequal counts; in float64, so that all is exact."""
     x = micro_batches(subject.shape, jnp.float64, 2 * K)
@@ -119,8 +118,7 @@ def test_each_micro_batch_is_normalized_by_itself(subject):
         np.testing.assert_allclose(results[i], y, rtol=1e-5, atol=1e-5)
 
 
-@EACH
-@BOTH
+@pytest.mark.parametrize(("subject", "framework"), in_turn(ACCUMULATING, FRAMEWORKS))
 def test_state_keeps_its_types_in_strict_modes(framework, subject):
     """Through a step, with narrow input and masks; all of it is float32 or a count."""
     x, mask = subject.input(jnp.bfloat16), subject.some_mask()

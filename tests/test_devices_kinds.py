@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from subjects import drawn
-from test_devices_methods import DEVICES, EACH
+from subjects import drawn, in_turn
+from test_devices_methods import DEVICES, POOLED
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -42,8 +42,9 @@ def params_lie(subject, x, params):
     return {name: P("d") if by_feature else P() for name in params}
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@EACH
+@pytest.mark.parametrize(
+    ("subject", "axis_type"), in_turn(POOLED, [AxisType.Auto, AxisType.Explicit])
+)
 def test_whole_arrays_under_jit(subject, axis_type):
     x, mask = subject.input(), subject.some_mask()
     layer = subject.layer("linen", x)
@@ -78,8 +79,7 @@ KINDS = {  # dtype, mean, how far two answers may differ
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@EACH
+@pytest.mark.parametrize(("subject", "kind"), in_turn(POOLED, KINDS))
 def test_a_device_without_valid_elements(subject, kind):
     dtype, mean, limit = KINDS[kind]
     x = (mean + subject.input()).astype(dtype)

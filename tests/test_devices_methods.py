@@ -9,16 +9,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from subjects import SUBJECTS, drawn
+from subjects import SUBJECTS, drawn, in_turn
 
 from jaxnorm.methods import METHODS
 
 POOLING = {method.name for method in METHODS if method.devices}
-EACH = pytest.mark.parametrize(
-    "subject",
-    [subject for subject in SUBJECTS if subject.method in POOLING],
-    ids=lambda subject: subject.name,
-)
+POOLED = [subject for subject in SUBJECTS if subject.method in POOLING]
+EACH = pytest.mark.parametrize("subject", POOLED, ids=lambda subject: subject.name)
 DEVICES = 2
 pytestmark = pytest.mark.usefixtures("x64", "quick_compile")
 
@@ -66,8 +63,7 @@ CONTEXTS = {
 }
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-@EACH
+@pytest.mark.parametrize(("subject", "context"), in_turn(POOLED, CONTEXTS, always=("shard_map",)))
 def test_devices_together_are_one(subject, context):
     x, mask = subject.input(jnp.float64), subject.some_mask()
     together = subject.layer("linen", x, axis_name="d")

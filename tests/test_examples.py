@@ -91,6 +91,7 @@ def test_all_ways_onto_several_devices_agree():
         assert f" {way} " in printed
 
 
+@pytest.mark.slow
 def test_a_mean_of_means_is_noticed():
     """What Flax's layer takes on devices with 64 and 3 valid images."""
     code, printed, errors = run_on_devices(

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from modules import FRAMEWORKS, draw
-from subjects import SUBJECTS
+from subjects import SUBJECTS, in_turn
 
 import jaxnorm
 from jaxnorm.core.replicas import pool_stats
@@ -260,9 +260,9 @@ def state_of_replicas(framework, method, options, steps=2):
     return layer, run(x), x
 
 
-@pytest.mark.parametrize(("method", "options"), WITH_STATS, ids=str)
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_every_norm_merges(framework, method, options):
+@pytest.mark.parametrize(("case", "framework"), in_turn(WITH_STATS, FRAMEWORKS))
+def test_every_norm_merges(case, framework):
+    method, options = case
     layer, stats, _ = state_of_replicas(framework, method, options)
     merged = jax.jit(merge_replicas)({"block": {"norm": stats}})["block"]["norm"]
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, layer.stats)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from subjects import drawn
+from subjects import drawn, in_turn
 from test_devices_kinds import lies, mesh_of, params_lie
-from test_devices_methods import DEVICES, EACH
+from test_devices_methods import DEVICES, POOLED
 
 import jaxnorm
 from jaxnorm.diagnose import collectives
@@ -49,8 +49,7 @@ def step_of(subject, way):
     return step, (spread_params, spread, put(mask, lies(subject, mask)), jnp.ones_like(spread))
 
 
-@pytest.mark.parametrize("way", ["jit", "shard_map"])
-@EACH
+@pytest.mark.parametrize(("subject", "way"), in_turn(POOLED, ["jit", "shard_map"]))
 def test_one_all_reduce_each_way(subject, way):
     step, arguments = step_of(subject, way)
     traffic = collectives(jax.jit(step).lower(*arguments).compile())

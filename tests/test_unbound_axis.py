@@ -13,21 +13,21 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from modules import draw
-from subjects import BOTH, EACH, SUBJECTS
+from modules import FRAMEWORKS, draw
+from subjects import BOTH, SUBJECTS, in_turn
 
 import jaxnorm
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 PAIRS = [[0, 1], [2, 3]]
+EACH_IN_TURN = pytest.mark.parametrize(("subject", "framework"), in_turn(SUBJECTS, FRAMEWORKS))
 
 
 def one_step(layer, x, mask):
     return layer.train(layer.params, layer.stats, x, mask=mask)
 
 
-@EACH
-@BOTH
+@EACH_IN_TURN
 def test_nothing_is_pooled_where_nothing_is_mapped(subject, framework):
     x, mask = subject.input(), subject.some_mask()
     options = dict(axis_name=("a", "b"), axis_index_groups=PAIRS)
@@ -62,8 +62,7 @@ def test_what_is_mapped_is_pooled(subject, framework):
     chex.assert_trees_all_equal(found, run(axis_name="b", **groups))
 
 
-@EACH
-@BOTH
+@EACH_IN_TURN
 def test_no_collective_while_initializing(subject, framework):
     """Neither where the axis is mapped nor where it is not."""
     x = subject.input()
