@@ -110,6 +110,7 @@ FLAX = {"linen": nn.BatchNorm, "nnx": nnx.BatchNorm}
 OURS = {"linen": jaxnorm.linen.BatchNorm, "nnx": jaxnorm.nnx.BatchNorm}
 OUR_OPTIONS = {
     "debias",
+    "ghost_batch_size",
     "running_var",
     "skip_nonfinite",
     "unbound_axis",

@@ -213,6 +213,7 @@ OUR_OPTIONS = {
         "update_stats",
         "skip_nonfinite",
         "update_every",
+        "ghost_batch_size",
     },
 }
 OUR_CALL = {"InstanceNorm": {"use_running_average", "update_stats"}}
