@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from modules import draw
 from subjects import drawn, in_turn
 from test_devices_methods import DEVICES, POOLED
+
+import jaxnorm
+import jaxnorm.linen
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -62,6 +66,36 @@ def test_whole_arrays_under_jit(subject, axis_type):
         found = step(spread, put(x, lies(subject, x)), put(mask, lies(subject, mask)))
     found, expected = jax.tree.map(np.asarray, (found, expected))
     chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"update_every": 2, "debias": True}], ids=str)
+@pytest.mark.parametrize(
+    ("x_lies", "state_lies"), [(P("d", "m"), P(None)), (P("d"), P("m"))], ids=["features", "state"]
+)
+def test_the_state_stays_where_it_is(x_lies, state_lies, options):
+    """Features of the input lie on other devices of an explicit mesh than the variables."""
+    mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    layer = jaxnorm.linen.BatchNorm(use_running_average=False, momentum=0.5, **options)
+    x = draw((2, 16, 4))
+    variables = layer.init(jax.random.key(0), x[0])
+
+    def train(stats, x):
+        y, updated = layer.apply(variables | {"batch_stats": stats}, x, mutable=["batch_stats"])
+        return updated["batch_stats"], y
+
+    scan = jax.jit(lambda stats, x: jax.lax.scan(train, stats, x))
+    expected = scan(variables["batch_stats"], x)
+    with jax.set_mesh(mesh):
+        start = {
+            name: jax.device_put(leaf, state_lies if leaf.ndim else P())
+            for name, leaf in variables["batch_stats"].items()
+        }
+        stats, y = scan(start, jax.device_put(x, P(None, *x_lies)))
+    assert jax.tree.map(lambda leaf: leaf.sharding, stats) == jax.tree.map(
+        lambda leaf: leaf.sharding, start
+    )
+    found, expected = jax.tree.map(np.asarray, ((stats, y), expected))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def by_shard_map(subject, train, params, x, mask):

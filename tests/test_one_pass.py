@@ -23,7 +23,14 @@ def draw(mean, shape=(64, 3), std=1.0, seed=0):
     return (mean + std * rng.normal(size=shape)).astype(np.float32)
 
 
-SHIFTS = {"zero": 0.0, "exact": 1.0, "5 std off": 1 + 5e-4, "50 std off": 1 + 5e-3, "absurd": 1e19}
+SHIFTS = {
+    "zero": 0.0,
+    "exact": 1.0,
+    "5 std off": 1 + 5e-4,
+    "50 std off": 1 + 5e-3,
+    "its square overflows": 1e19,
+    "their sum does": 1e14,
+}
 
 
 @pytest.mark.parametrize("shift", SHIFTS)

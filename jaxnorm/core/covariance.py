@@ -171,7 +171,8 @@ def pooled_jointly(
     pivot = jnp.expand_dims(squeezed(shift), 0)
     evidence = put_together(total, pivot, *rows)
     var = jnp.diagonal(evidence.cov, axis1=-2, axis2=-1)
-    near = (jnp.square(evidence.mean - pivot) <= NEAR_JOINTLY**2 * (var + epsilon)).all()
+    near = jnp.square(evidence.mean - pivot) <= NEAR_JOINTLY**2 * (var + epsilon)
+    near = (near & jnp.isfinite(var)).all()
     return lax.cond(near, lambda: jax.tree.map(parts.own, evidence), two_passes)
 
 

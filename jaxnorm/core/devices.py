@@ -5,12 +5,13 @@ inserts the collectives.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 AxisName = str | Sequence[str]
 
@@ -108,6 +109,19 @@ def decide_alike(x: jax.Array, over: Devices | None) -> bool:
     if over is None and len(mesh.manual_axes) == len(mesh.axis_names):
         return True  # There are no collectives.
     return not others or (over is not None and surely_equal(x, Devices(tuple(others))))
+
+
+def placed(value: jax.Array, spec: Sequence[Any]) -> jax.Array:
+    """`value` on the devices that `spec` says, where mesh axes are explicit and types say so."""
+    lies = jax.typeof(value).sharding
+    if lies.mesh.empty or tuple(lies.spec) == tuple(spec):
+        return value
+    return jax.sharding.reshard(value, NamedSharding(lies.mesh, PartitionSpec(*spec)))
+
+
+def placement(value: jax.Array) -> tuple[Any, ...]:
+    """Along which explicit mesh axes each axis of `value` lies, None for none."""
+    return tuple(jax.typeof(value).sharding.spec)
 
 
 def _varies_along(value: jax.Array) -> frozenset[str]:

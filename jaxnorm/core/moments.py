@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
-from jaxnorm.core.devices import AxisName, Devices, devices
+from jaxnorm.core.devices import AxisName, Devices, devices, placed, placement
 from jaxnorm.core.pooling import Parts, pooled, pooled_given, reciprocal
 
 
@@ -136,7 +136,10 @@ def shift_along(
         return jnp.full((1,) * x.ndim, shift, precision.accumulation_dtype(x.dtype))
     kept = ax.other_axes(axes, x.ndim)
     checked = checks.feature_array(shift, x.shape, kept, who, "shift", "axes")
-    return None if checked is None else ax.lay_along(checked, kept, x.ndim)
+    if checked is None:
+        return None
+    lies = (None if axis in axes else names for axis, names in enumerate(placement(x)))
+    return placed(ax.lay_along(checked, kept, x.ndim), tuple(lies))
 
 
 def moments(

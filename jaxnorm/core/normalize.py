@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
-from jaxnorm.core.devices import AxisName, devices
+from jaxnorm.core.devices import AxisName, devices, placement
 from jaxnorm.core.fused import Hint, normalize_by, normalize_fused
 from jaxnorm.core.moments import Moments, Stats, shift_along
 from jaxnorm.core.standardize import Plan, feature_along, result_dtype, stats_along
@@ -106,7 +106,7 @@ def normalize(
 
 def _on_several_devices(x: jax.Array, axes: tuple[int, ...]) -> bool:
     """Whether the type of `x` says so, which it does on meshes with explicit axes."""
-    return any(jax.typeof(x).sharding.spec[axis] is not None for axis in axes)
+    return any(placement(x)[axis] is not None for axis in axes)
 
 
 def _hint(

@@ -181,7 +181,8 @@ def _by_one_pass(look: Look, parts: Parts, shift: jax.Array, epsilon: float) -> 
     first, second = first * share, second * share
     new_var = _clip_rounding(second - precision.abs_square(first))
     # Asked so that NaN says no, and of all groups, since all must go the same way.
-    near = (precision.abs_square(first) <= NEAR**2 * (new_var + epsilon)).all()
+    near = precision.abs_square(first) <= NEAR**2 * (new_var + epsilon)
+    near = (near & jnp.isfinite(new_var)).all()
 
     def one_pass() -> Pooled:
         rows = _with_count_of_var(total, jnp.expand_dims(shift, 0) + first, new_var)

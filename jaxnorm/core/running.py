@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm.core import checks
+from jaxnorm.core.devices import placed, placement
 from jaxnorm.core.moments import Moments, Stats
 
 
@@ -220,6 +221,7 @@ def update_running(
     if updates is not None:
         updates = jnp.asarray(updates)
         _same_shape(updates, old.var, "a count of updates", "update_running")
+    batch = placed_like(old, batch)
     moved = batch.count > ddof
     if skip_nonfinite:
         moved &= all_finite(batch)
@@ -239,6 +241,12 @@ def update_running(
         blended = debiased_ema(old, new, momentum, updates)
     counted = None if updates is None else updates + moved.astype(updates.dtype)
     return jax.tree.map(partial(jnp.where, moved), blended, old), counted
+
+
+def placed_like(old: Stats, batch: Moments) -> Moments:
+    """The evidence on the devices that hold the running statistics, which stay where they are."""
+    lies = placement(jnp.asarray(old.var))
+    return jax.tree.map(lambda leaf: placed(jnp.asarray(leaf), lies), batch)
 
 
 def all_finite(evidence: Any) -> jax.Array:

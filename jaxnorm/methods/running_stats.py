@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxnorm.core import precision
 from jaxnorm.core.moments import Moments, Stats, merge
-from jaxnorm.core.running import check_averaging, update_running
+from jaxnorm.core.running import check_averaging, placed_like, update_running
 from jaxnorm.methods.accumulation import accumulate, check_update_every, pending_slots
 from jaxnorm.methods.ghost_batches import Norm, check_groups, check_size, ghost_batches
 from jaxnorm.methods.spec import Slot, Spec, Values
@@ -132,7 +132,7 @@ class RunningStats(Spec):
         `ddof` is what is taken off the count in its variance, by default what the options say.
         """
         check_width({"mean": stored.mean, "var": stored.var}, who)
-        batch = lax.stop_gradient(batch)
+        batch = placed_like(stored, lax.stop_gradient(batch))
         if self.update_every == 1:
             return self._blended(values, stored, batch, ddof)
         due, pending = accumulate(
