@@ -15,6 +15,7 @@ import pytest
 from batch_family_mistakes import ROWS as WITH_THE_BATCH_FAMILY
 from diagnose_mistakes import ROWS as WITH_DIAGNOSE
 from flax import errors, nnx
+from ghost_mistakes import ROWS as WITH_GHOST_BATCHES
 from method_mistakes import MISTAKES_WITH_METHODS
 from mistakes import DOORS, KEY, MISTAKES_AT_DOORS, SHAPE, Call, Row
 from replicas_mistakes import ROWS as WITH_REPLICAS
@@ -39,6 +40,7 @@ ROWS = [
     *MISTAKES_WITH_METHODS,
     *WITH_THE_BATCH_FAMILY,
     *WITH_DIAGNOSE,
+    *WITH_GHOST_BATCHES,
     *WITH_REPLICAS,
     *WITH_WEIGHTS,
     *WITH_WHITENING,

@@ -52,6 +52,7 @@ def ghost_batches(norm: Norm[Evidence], size: int) -> Norm[Evidence]:
         TypeError: `size` is no integer.
         ValueError: it is below 1, groups of it do not fit the examples, features lie along axis 0,
             or `axis_index_groups` are given, which are another choice of groups.
+        NameError: `axis_name` is not bound.
 
     Numerics:
         As `norm`. A group on one device is normalized without traffic, forward and backward;
@@ -103,21 +104,27 @@ def ghost_batches(norm: Norm[Evidence], size: int) -> Norm[Evidence]:
             assert over is not None
             first = lax.axis_index(over.names) % len(together[0]) == 0
             count = jnp.where(first, seen.count, jnp.zeros_like(seen.count))
-            return y, _pooled(dataclasses.replace(seen, count=count), None, **pooling)
+            return y, _pooled(dataclasses.replace(seen, count=count), None, shift, axis_name)
         # One decision for all groups would be traffic, and a decision for each computes both.
         options["shift"] = None
+        arrays = {name: value for name, value in options.items() if _has_arrays(value)}
+        static = {name: value for name, value in options.items() if name not in arrays}
         shared = where is None or where.shape[0] == 1
 
-        def of_all(x, where, arguments):
-            return norm(x, *arguments, where=where, **options)
+        def of_all(x, where, arguments, arrays):
+            return norm(x, *arguments, where=where, **arrays, **static)
 
-        def of_groups(x, where, arguments):
-            each = jax.vmap(of_all, in_axes=(0, None if shared else 0, None))
-            y, seen = each(_split(x, size), where if shared else _split(where, size), arguments)
-            return y.reshape(x.shape), _pooled(seen, 0, **pooling)
+        def of_groups(x, where, shift, *given):
+            each = jax.vmap(
+                lambda x, where: of_all(x, where, *given), in_axes=(0, None if shared else 0)
+            )
+            y, seen = each(_split(x, size), where if shared else _split(where, size))
+            return y.reshape(x.shape), _pooled(seen, 0, shift, axis_name)
 
+        given = arguments, arrays
         others = ax.other_axes(features, x.ndim)
-        return _placed_as(of_all, of_groups, others)(x, where, arguments)
+        placed = _placed_as(lambda: of_all(x, where, *given), of_groups, x, others)
+        return placed(x, where, shift, *given)
 
     return by_groups
 
@@ -127,25 +134,24 @@ def _split(array: jax.Array, size: int) -> jax.Array:
     return array.reshape(array.shape[0] // size, size, *array.shape[1:])
 
 
+def _has_arrays(value: Any) -> bool:
+    return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
+
+
 def _placed_as(
-    like: Callable[..., Any], function: Callable[..., Any], axes: tuple[int, ...]
+    like: Callable[[], Any], function: Callable[..., Any], x: jax.Array, axes: tuple[int, ...]
 ) -> Callable[..., Any]:
     """`function`, which may divide `axes` of `x` that lie on several devices.
 
-    As `placed_by_compiler`; results lie on the devices as those of `like`. A group that is on one
-    device stays there.
+    As `placed_by_compiler`, with results that lie as those of `like`. A group that is on one device
+    stays there.
     """
-
-    def placed(x: jax.Array, *arguments: Any) -> Any:
-        spec = jax.typeof(x).sharding.spec
-        names = [name for a in axes if spec[a] for name in axis_names(spec[a])]
-        if not names:
-            return function(x, *arguments)
-        lie = jax.tree.map(lambda leaf: leaf.sharding, jax.eval_shape(like, x, *arguments))
-        explicitly = jax.sharding.auto_axes(function, axes=tuple(names), out_sharding=lie)
-        return explicitly(x, *arguments)
-
-    return placed
+    spec = jax.typeof(x).sharding.spec
+    names = [name for a in axes if spec[a] for name in axis_names(spec[a])]
+    if not names:
+        return function
+    lies = jax.tree.map(lambda leaf: leaf.sharding, jax.eval_shape(like))
+    return jax.sharding.auto_axes(function, axes=tuple(names), out_sharding=lies)
 
 
 def _pooled(evidence: Any, axes: int | None, shift: ArrayLike | None, axis_name: Any) -> Any:
@@ -210,12 +216,15 @@ def _devices_together(size: int, local: int, parts: int, who: str) -> list[list[
     """
     together, rest = divmod(size, local)
     if rest or parts % together:
-        found = f"{local} examples" + (f" on each of {parts} devices" if parts > 1 else "")
-        fitting = [k for k in range(1, local + 1) if local % k == 0]
+        found, rule = f"{local} examples", "these must divide them"
+        if parts > 1:
+            found += f" on each of {parts} devices"
+            rule = "these must divide the examples of a device, or be made of whole devices"
+        fitting = [k for k in range(2, local + 1) if local % k == 0]
         fitting += [local * k for k in range(2, parts + 1) if parts % k == 0]
-        nearest = min(fitting, key=lambda k: abs(k - size))
+        nearest = min(fitting, key=lambda k: (abs(k - size), -k), default=1)
         raise ValueError(
-            f"{who}: {found} do not make ghost batches of {size}: these must divide the examples "
-            f"of a device, or be made of whole devices. Use {nearest}, or other batches."
+            f"{who}: {found} do not make ghost batches of {size}: {rule}. Use {nearest}, or fill "
+            f"the batch up and mask what was added."
         )
     return [list(range(start, start + together)) for start in range(0, parts, together)]
