@@ -61,6 +61,7 @@ ROWS = [
         for kind, w, error, says in (
             ("booleans", [True, False], TypeError, r"^pool_stats: the weights are bool.*astype"),
             ("complex", [1j, 1], TypeError, r"^pool_stats: the weights are complex64"),
+            ("text", "a", TypeError, r"^pool_stats: the weights are 'a', but say.*astype"),
             (
                 "too many",
                 [1, 2, 3],

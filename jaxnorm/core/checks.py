@@ -3,7 +3,9 @@
 Each message says who found what, with numbers, and gives the fix as code.
 """
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -148,3 +150,13 @@ def describe_features(shape: Sequence[int], axes: Sequence[int]) -> str:
     if len(axes) == 1:
         return f"{shape[axes[0]]} features along axis {axes[0]}"
     return f"{sizes(shape, axes)} features along axes {tuple(axes)}"
+
+
+def integer(value: Any) -> int | None:
+    """`value` as an integer, or None if it is none; a boolean is none."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

@@ -165,10 +165,11 @@ def _counts(
         ValueError: they have another shape; or their values are known, and one is negative or not
             finite, or none is positive.
     """
-    given = jnp.asarray(weights)
-    if jnp.issubdtype(given.dtype, jnp.complexfloating) or given.dtype == jnp.bool_:
+    given = None if isinstance(weights, str) else jnp.asarray(weights)
+    if given is None or given.dtype == jnp.bool_ or jnp.iscomplexobj(given):
+        found = repr(weights) if given is None else given.dtype
         raise TypeError(
-            f"{who}: the weights are {given.dtype}, but say how much each replica counts. Use "
+            f"{who}: the weights are {found}, but say how much each replica counts. Use "
             f"numbers, 0 or more: weights.astype(jnp.float32)."
         )
     one_each = ax.sizes(shape, axes)

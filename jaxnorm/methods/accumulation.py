@@ -11,7 +11,6 @@ what is then stored is what the k micro-batches would have stored as one batch.
 """
 
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnorm.core import precision
+from jaxnorm.core import checks, precision
 from jaxnorm.core.covariance import Comoments
 from jaxnorm.core.moments import Moments
 from jaxnorm.core.running import all_finite
@@ -38,10 +37,7 @@ def check_update_every(update_every: int, who: str) -> None:
         TypeError: it is no integer.
         ValueError: it is below 1.
     """
-    try:
-        batches = None if isinstance(update_every, bool) else operator.index(update_every)
-    except TypeError:
-        batches = None
+    batches = checks.integer(update_every)
     if batches is None:
         raise TypeError(
             f"{who}: update_every={update_every!r} must be an integer, the number of batches for "

@@ -13,7 +13,6 @@ worse, or where a group lies on one device and normalizing it then needs no traf
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -170,10 +169,7 @@ def check_size(size: int, who: str) -> int:
         TypeError: it is no integer.
         ValueError: it is below 1.
     """
-    try:
-        number = None if isinstance(size, bool) else operator.index(size)
-    except TypeError:
-        number = None
+    number = checks.integer(size)
     if number is None:
         raise TypeError(
             f"{who}: the size {size!r} of ghost batches must be an integer, the number of examples "
