@@ -140,7 +140,7 @@ def test_rule_equals_specification(case, mode):
 
 
 @pytest.mark.parametrize("hint", [hint for hint in HINTS if hint != "none"])
-@pytest.mark.parametrize("mode", ["value", "grad", "jacfwd of grad", "vmap of hessian product"])
+@pytest.mark.parametrize("mode", ["grad", "vmap of hessian product"])
 @pytest.mark.parametrize("case", SOME_CASES)
 def test_no_derivative_depends_on_what_was_known_before(case, mode, hint):
     rule, specification, arguments, given = losses(case, hint=hint)

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from modules import draw
-from subjects import BOTH, SUBJECTS, drawn
+from modules import FRAMEWORKS, draw
+from subjects import SUBJECTS, drawn, in_turn
 
 import jaxnorm.linen
 import jaxnorm.nnx
@@ -59,8 +59,7 @@ def test_groups_by_the_papers(framework, subject, dtype):
     chex.assert_trees_all_close(stats, whole, rtol=1e-5, atol=1e-5)
 
 
-@EACH
-@BOTH
+@pytest.mark.parametrize(("subject", "framework"), in_turn(GHOSTS, FRAMEWORKS))
 def test_only_training_needs_whole_groups(framework, subject):
     """Any batch serves as an example for initializing, and for inference."""
     x = subject.input()
@@ -70,7 +69,7 @@ def test_only_training_needs_whole_groups(framework, subject):
         jax.jit(layer.infer)(layer.params, layer.stats, x[:-1]) for layer in (ghost, plain)
     )
     np.testing.assert_array_equal(y, expected)
-    with pytest.raises(ValueError, match=r"3 examples do not make ghost batches of 2.*Use 1"):
+    with pytest.raises(ValueError, match=r"3 examples do not make ghost batches of 2.*Use 3"):
         jax.eval_shape(partial(ghost.train, ghost.params, ghost.stats), x[:-1])
 
 

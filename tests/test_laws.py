@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from subjects import BOTH, EACH, drawn
+from modules import FRAMEWORKS
+from subjects import BOTH, EACH, SUBJECTS, drawn, in_turn
 
 # The variables of another domain stay, and have themselves for derivative.
 MOVING = ("mean", "var", "cov")
@@ -30,10 +31,13 @@ def step_and_infer(layer):
     return run
 
 
+# Both frameworks are compared with each other: the default run takes one of them for each subject.
+EACH_IN_TURN = pytest.mark.parametrize(("subject", "framework"), in_turn(SUBJECTS, FRAMEWORKS))
+
+
 @WIDE
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@EACH
-@BOTH
+@EACH_IN_TURN
 def test_training_is_what_the_paper_says(framework, subject, masked):
     x, mask = subject.input(jnp.float64), subject.some_mask() if masked else None
     layer = subject.layer(framework, x)
@@ -59,8 +63,7 @@ def test_linen_is_nnx(subject):
     chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@EACH
-@BOTH
+@EACH_IN_TURN
 def test_compiled_is_eager_and_mapped_is_one_by_one(framework, subject):
     x = subject.input()
     layer = subject.layer(framework, x)

@@ -25,7 +25,7 @@ from jaxnorm.core.covariance import (
     joint_mask,
     joint_stats_along,
 )
-from jaxnorm.core.devices import AxisName, Devices, devices
+from jaxnorm.core.devices import AxisName, Devices, devices, placed
 from jaxnorm.core.feature_groups import (
     feature_axis,
     group_shape,
@@ -163,6 +163,7 @@ def _shift_of_groups(
     along = shift_along(shift, x, ax.other_axes((axis,), x.ndim), who)
     if along is None:
         return None
+    along = placed(along, (None,) * x.ndim)  # Groups may lie on other devices than features.
     return jnp.broadcast_to(along.reshape(-1), (x.shape[axis],)).reshape(groups, -1)
 
 
