@@ -168,4 +168,14 @@ def in_turn(firsts, others, always=()):
 
 
 EACH = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+# Where options make no difference: one row of each method, the others among the slow ones.
+FIRSTS = {subject.method: subject.name for subject in reversed(SUBJECTS)}.values()
+EACH_METHOD = pytest.mark.parametrize(
+    "subject",
+    [
+        pytest.param(subject, marks=() if subject.name in FIRSTS else pytest.mark.slow)
+        for subject in SUBJECTS
+    ],
+    ids=lambda subject: subject.name,
+)
 BOTH = pytest.mark.parametrize("framework", FRAMEWORKS)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from subjects import EACH, drawn
+from subjects import EACH_METHOD, drawn
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
-@EACH
+@EACH_METHOD
 def test_a_training_step_lowers_everywhere(subject, dtype):
     x, mask = subject.input(dtype), subject.some_mask()
     layer = subject.layer("linen", x)

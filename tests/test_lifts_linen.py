@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from modules import takes_mode
-from subjects import EACH, drawn
+from subjects import EACH_METHOD, drawn
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 LAYERS = 3
@@ -64,7 +64,7 @@ def one_after_another(subject, stacked, x):
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-@EACH
+@EACH_METHOD
 def test_scan_over_layers(subject):
     x = subject.input()
     scanned = nn.scan(
@@ -86,7 +86,7 @@ def test_scan_over_layers(subject):
     assert_close((y, new.get("norm", {})), (expected, states))
 
 
-@EACH
+@EACH_METHOD
 def test_vmap_over_layers(subject):
     x = jnp.stack([subject.input(seed=i) for i in range(LAYERS)])
     mapped = nn.vmap(
@@ -102,7 +102,7 @@ def test_vmap_over_layers(subject):
 
 
 @pytest.mark.parametrize("lift", [nn.remat, nn.jit], ids=["remat", "jit"])
-@EACH
+@EACH_METHOD
 def test_remat_and_jit(subject, lift):
     x = subject.input()
     lifted = lift(subject.cls("linen"))(**training(subject))
@@ -111,7 +111,7 @@ def test_remat_and_jit(subject, lift):
     assert_close(step(lifted, variables, x), step(layer_of(subject), variables, x))
 
 
-@EACH
+@EACH_METHOD
 def test_an_instance_called_twice(subject):
     """Both calls use the same parameters, and the second starts from the state of the first."""
 
@@ -130,7 +130,7 @@ def test_an_instance_called_twice(subject):
     assert_close((y, new.get("norm", {})), (expected, after.get("batch_stats", {})))
 
 
-@EACH
+@EACH_METHOD
 def test_partitioned_parameters(subject):
     x = subject.input()
     names = ("model",) * (2 if "feature_axes" in subject.options else 1)
@@ -144,7 +144,7 @@ def test_partitioned_parameters(subject):
     chex.assert_trees_all_equal(found, expected)
 
 
-@EACH
+@EACH_METHOD
 def test_table_and_shapes_without_values(subject):
     x, layer = subject.input(), layer_of(subject)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -155,7 +155,7 @@ def test_table_and_shapes_without_values(subject):
         assert all(name in table for name in names)
 
 
-@EACH
+@EACH_METHOD
 def test_inside_setup_and_with_a_name(subject):
     class Model(nn.Module):
         def setup(self):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from modules import num_features, state_of, takes_mode
-from subjects import EACH, drawn
+from subjects import EACH_METHOD, drawn
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 LAYERS = 3
@@ -59,7 +59,7 @@ WAYS = {
 }
 
 
-@EACH
+@EACH_METHOD
 def test_a_layer_survives(subject):
     x = subject.input()
     plain = new_layer(subject)
@@ -71,7 +71,7 @@ def test_a_layer_survives(subject):
         )
 
 
-@EACH
+@EACH_METHOD
 def test_gradients_by_parameters_alone(subject):
     x, layer, plain = subject.input(), new_layer(subject), new_layer(subject)
 
@@ -88,7 +88,7 @@ def test_gradients_by_parameters_alone(subject):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found))
 
 
-@EACH
+@EACH_METHOD
 def test_remat(subject):
     x, layer, plain = subject.input(), new_layer(subject), new_layer(subject)
 
@@ -107,7 +107,7 @@ def stack_of(subject):
     return nnx.merge(layers[0][0], states)
 
 
-@EACH
+@EACH_METHOD
 def test_vmap_over_models(subject):
     xs = jnp.stack([subject.input(seed=i) for i in range(LAYERS)])
     models = stack_of(subject)
@@ -118,7 +118,7 @@ def test_vmap_over_models(subject):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], state_of(models)), state_of(layer))
 
 
-@EACH
+@EACH_METHOD
 def test_vmap_over_data(subject):
     xs = jnp.stack([subject.input(seed=i) for i in range(LAYERS)])
     layer = new_layer(subject)
@@ -129,7 +129,7 @@ def test_vmap_over_data(subject):
         assert_close(y, layer(x))
 
 
-@EACH
+@EACH_METHOD
 def test_scan_over_layers(subject):
     x, models = subject.input(), stack_of(subject)
     axes = dict(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
@@ -143,7 +143,7 @@ def test_scan_over_layers(subject):
     assert_close(state_of(models), jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
 
 
-@EACH
+@EACH_METHOD
 def test_training_and_inference(subject):
     """By `train()` and `eval()`, by `nnx.view`, and where there is a choice, by the call."""
     x, other = subject.input(), subject.input(seed=1) * 2
@@ -168,7 +168,7 @@ def test_training_and_inference(subject):
     assert np.allclose(layer(x), inference, atol=1e-3) is not tracked
 
 
-@EACH
+@EACH_METHOD
 def test_metadata_of_parameters(subject):
     layer = new_layer(subject, scale_metadata={"owner": "us"})
     assert layer.scale.owner == "us"
@@ -177,7 +177,7 @@ def test_metadata_of_parameters(subject):
 
 
 @pytest.mark.parametrize("update", [False, True])
-@EACH
+@EACH_METHOD
 def test_steps_are_traced_once_for_each_mode(subject, update):
     x, layer = subject.input(), new_layer(subject)
 
@@ -195,7 +195,7 @@ def test_steps_are_traced_once_for_each_mode(subject, update):
         call(layer, x)
 
 
-@EACH
+@EACH_METHOD
 def test_table(subject):
     layer = type(subject.method, (subject.cls("nnx"),), {})(
         num_features(subject.input(), subject.options), rngs=nnx.Rngs(0), **subject.options
