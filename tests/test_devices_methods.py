@@ -15,7 +15,6 @@ from jaxnorm.methods import METHODS
 
 POOLING = {method.name for method in METHODS if method.devices}
 POOLED = [subject for subject in SUBJECTS if subject.method in POOLING]
-EACH = pytest.mark.parametrize("subject", POOLED, ids=lambda subject: subject.name)
 DEVICES = 2
 pytestmark = pytest.mark.usefixtures("x64", "quick_compile")
 

@@ -48,6 +48,7 @@ def _evidence(plan: Plan, x: jax.Array, where: jax.Array | None, hint: Hint) -> 
 
 
 evidence_by_plan = jax.jit(_evidence, static_argnums=0, inline=True)
+"""The moments alone, for what must know them before scale and bias; a hint for the rest."""
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -105,7 +105,7 @@ def batch_renorm(
     where = checks.boolean_mask(where, x.shape, who)
     scale = checks.feature_array(scale, x.shape, axis, who, "scale")
     bias = checks.feature_array(bias, x.shape, axis, who, "bias")
-    stats_along(running, x.shape, axis, who)
+    stats_along(running, x.shape, axis, who)  # for what it refuses
     epsilon = checks.static_epsilon(epsilon, who)
     _check_limits(rmax, dmax, who)
     over = devices(axis_name, axis_index_groups, who)
