@@ -23,12 +23,14 @@ class Row(NamedTuple):
         trigger: makes it.
         error: what is raised.
         says: pattern of the message: who, then what was found, then the fix.
+        with_values: whether values are there; not, but for tools that work on those of a model.
     """
 
     name: str
     trigger: Callable[[], Any]
     error: type[Exception]
     says: str
+    with_values: bool = False
 
 
 SHAPE = (4, 2, 3)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 from batch_family_mistakes import ROWS as WITH_THE_BATCH_FAMILY
 from diagnose_mistakes import ROWS as WITH_DIAGNOSE
+from evidence_mistakes import ROWS as WITH_EVIDENCE
 from flax import errors, nnx
 from ghost_mistakes import ROWS as WITH_GHOST_BATCHES
 from method_mistakes import MISTAKES_WITH_METHODS
@@ -40,6 +41,7 @@ ROWS = [
     *MISTAKES_WITH_METHODS,
     *WITH_THE_BATCH_FAMILY,
     *WITH_DIAGNOSE,
+    *WITH_EVIDENCE,
     *WITH_GHOST_BATCHES,
     *WITH_REPLICAS,
     *WITH_WEIGHTS,
@@ -227,9 +229,12 @@ ROWS = [
 
 
 def raised(row: Row) -> Exception:
-    """The error of a mistake that is made where there are no values."""
+    """The error of a mistake, made where there are no values unless the row says so."""
     with pytest.raises(row.error) as caught:
-        jax.eval_shape(row.trigger)
+        if row.with_values:
+            row.trigger()
+        else:
+            jax.eval_shape(row.trigger)
     return caught.value
 
 

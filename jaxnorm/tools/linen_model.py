@@ -1,0 +1,163 @@
+"""A Linen module bound to its variables, as the tools see it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.core import FrozenDict, meta
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxnorm.linen.shell import Shell
+from jaxnorm.linen.weights import WeightShell
+from jaxnorm.tools.models import Arrays, Hook, LayerCall, Model, Path, Run, called, fresh
+
+NORMS = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm, Shell)
+LINEAR = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
+WATCHED = (*NORMS, *LINEAR)
+
+
+class LinenModel(Model):
+    """A Linen module bound to its variables, as the tools see it."""
+
+    def __init__(self, bound: nn.Module):
+        assert bound.scope is not None
+        self._rngs = {name: _key(rng) for name, rng in bound.scope.rngs.items()}
+        self._module, variables = bound.unbind()
+        self._boxes = _flat(variables)
+        self.arrays = {path: meta.unbox(leaf) for path, leaf in self._boxes.items()}
+
+    def key(self, path: Path, name: str) -> Path | None:
+        """See `Model`."""
+        for collection in {key[0]: None for key in self.arrays}:
+            if (collection, *path, name) in self.arrays:
+                return (collection, *path, name)
+        return None
+
+    def collection(self, key: Path) -> str:
+        """See `Model`."""
+        return key[0]
+
+    def optimized(self, values: Mapping[Path, Any]) -> Any:
+        """See `Model`."""
+        params = {key: values[key] for key in self.arrays if self.collection(key) == "params"}
+        return self._variables(params).get("params", {})
+
+    def _variables(self, arrays: Arrays) -> dict[str, Any]:
+        boxed = {
+            path: meta.replace_boxed(self._boxes[path], leaf) if path in self._boxes else leaf
+            for path, leaf in arrays.items()
+        }
+        return unflatten_dict(boxed)
+
+    def run(self, arrays: Arrays, run: Run, hook: Hook) -> Any:
+        """See `Model`."""
+
+        def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            layer = context.module
+            watched = isinstance(layer, WATCHED) and not isinstance(layer, WeightShell)
+            if context.method_name != "__call__" or not watched:
+                return next_fun(*args, **kwargs)
+            x, arguments = called(layer, args, kwargs)
+            return hook(
+                LayerCall(
+                    path=tuple(layer.path),
+                    layer=layer,
+                    x=x,
+                    arguments=arguments,
+                    values=own_values(layer),
+                    proceed=lambda x: next_fun(x, **arguments),
+                )
+            )
+
+        with nn.intercept_methods(intercept):
+            # Some layers write although nobody keeps it: a scan with a fixed set of collections.
+            out, _ = nn.apply(run, self._module, mutable=True)(
+                self._variables(arrays), rngs=self._rngs
+            )
+        return out
+
+    def rebuilt(self, arrays: Arrays, layers: Mapping[Path, Any] | None = None) -> nn.Module:
+        """See `Model`."""
+        makers = {
+            path: Given(layer) if isinstance(layer, nn.Module) else layer
+            for path, layer in (layers or {}).items()
+        }
+        module = Rewired(self._module, FrozenDict(makers)) if makers else self._module
+        return module.bind(self._variables(fresh(arrays)), rngs=self._rngs)
+
+
+def _key(rng: Any) -> jax.Array:
+    """The key of a scope's random numbers, which Flax keeps lazily."""
+    return rng.as_jax_rng() if hasattr(rng, "as_jax_rng") else rng
+
+
+def _flat(variables: Mapping[str, Any]) -> dict[Path, Any]:
+    return flatten_dict({**variables}, is_leaf=lambda _, leaf: isinstance(leaf, meta.AxisMetadata))
+
+
+def own_values(layer: nn.Module) -> dict[str, jax.Array]:
+    """The variables of a module that is called, by name, those of its submodules left out."""
+    return {
+        name: meta.unbox(leaf)
+        for collection in layer.variables.values()
+        for name, leaf in collection.items()
+        if not isinstance(leaf, Mapping)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A function of any layer that makes the given one. Flax looks for modules in modules, not here."""
+
+    layer: nn.Module
+
+    def __call__(self, _: nn.Module) -> nn.Module:
+        """The layer."""
+        return self.layer
+
+
+class Rewired(nn.Module):
+    """A module in which other layers stand in the place of some.
+
+    Its variables are those of the module, under the same names. Methods other than `__call__` are
+    reached by `call`: `rewired.apply(variables, "encode", x, method="call")`.
+
+    Attributes:
+        model: the module.
+        layers: by the path of a layer, the function of it, bound and with the options of the moment,
+            that makes the unbound module that is called in its place.
+    """
+
+    model: nn.Module
+    layers: Mapping[Path, Callable[[nn.Module], nn.Module]]
+
+    def setup(self) -> None:
+        """Variables are named as without this wrapper."""
+        nn.share_scope(self, self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module."""
+        return self.call("__call__", *args, **kwargs)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method of the module, by name."""
+        own = len(self.path)
+        running: set[Path] = set()
+
+        def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            path = tuple(context.module.path)[own:]
+            make = self.layers.get(path)
+            # The new layer's own call comes here too, as it has the path of the old.
+            if make is None or context.method_name != "__call__" or path in running:
+                return next_fun(*args, **kwargs)
+            running.add(path)
+            try:
+                new = make(context.module).clone(parent=context.module.scope)
+                return new(*args, **kwargs)
+            finally:
+                running.remove(path)
+
+        with nn.intercept_methods(intercept):
+            return getattr(self.model, method)(*args, **kwargs)
