@@ -45,12 +45,10 @@ def spec_of(layer: Any) -> Any:
     method = method_of(layer)
     if method is None:
         return None
-    options = {
-        field.name: getattr(layer, field.name)
-        for field in dataclasses.fields(method)
-        if hasattr(layer, field.name)
-    }
-    return method(**options)
+    # Not by getattr, which for an initializer that NNX dropped finds a method of the class.
+    own = vars(layer)
+    fields = dataclasses.fields(method)
+    return method(**{field.name: own[field.name] for field in fields if field.name in own})
 
 
 def calls_as_its_kind(layer: Any) -> bool:

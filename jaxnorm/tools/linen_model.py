@@ -1,6 +1,7 @@
 """A Linen module bound to its variables, as the tools see it."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +36,10 @@ class LinenModel(Model):
                 return (collection, *path, name)
         return None
 
+    def place(self, path: Path, name: str, collection: str) -> Path:
+        """See `Model`."""
+        return (collection, *path, name)
+
     def collection(self, key: Path) -> str:
         """See `Model`."""
         return key[0]
@@ -57,7 +62,7 @@ class LinenModel(Model):
         def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
             layer = context.module
             watched = isinstance(layer, WATCHED) and not isinstance(layer, WeightShell)
-            if context.method_name != "__call__" or not watched:
+            if context.method_name != "__call__" or not watched or _is_replaced(layer):
                 return next_fun(*args, **kwargs)
             x, arguments = called(layer, args, kwargs)
             return hook(
@@ -84,7 +89,7 @@ class LinenModel(Model):
             path: Given(layer) if isinstance(layer, nn.Module) else layer
             for path, layer in (layers or {}).items()
         }
-        module = Rewired(self._module, FrozenDict(makers)) if makers else self._module
+        module = _rewired(self._module, makers) if makers else self._module
         return module.bind(self._variables(fresh(arrays)), rngs=self._rngs)
 
 
@@ -109,13 +114,37 @@ def own_values(layer: nn.Module) -> dict[str, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """A function of any layer that makes the given one. Flax looks for modules in modules, not here."""
+    """A function of any layer that makes the given one, and hides it: Flax adopts what it finds."""
 
     layer: nn.Module
 
     def __call__(self, _: nn.Module) -> nn.Module:
         """The layer."""
         return self.layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Chained:
+    """A function of a layer that makes one, and of this another."""
+
+    first: Callable[[nn.Module], nn.Module]
+    second: Callable[[nn.Module], nn.Module]
+
+    def __call__(self, layer: nn.Module) -> nn.Module:
+        """The last of the three."""
+        return self.second(self.first(layer))
+
+
+def _rewired(module: nn.Module, makers: Mapping[Path, Any]) -> nn.Module:
+    """The module with other layers in some places; a rewired one is rewired anew, not wrapped."""
+    if not isinstance(module, Rewired):
+        return Rewired(Given(module), FrozenDict(makers))
+    before = module.layers
+    chained = {
+        path: Chained(before[path], make) if path in before else make
+        for path, make in makers.items()
+    }
+    return Rewired(module.model, FrozenDict({**before, **chained}))
 
 
 class Rewired(nn.Module):
@@ -125,17 +154,13 @@ class Rewired(nn.Module):
     reached by `call`: `rewired.apply(variables, "encode", x, method="call")`.
 
     Attributes:
-        model: the module.
-        layers: by the path of a layer, the function of it, bound and with the options of the moment,
-            that makes the unbound module that is called in its place.
+        model: the module, hidden: adopted as a part, it would have another path.
+        layers: by the path of a layer, the function of it, bound and with its options of the
+            moment, that makes the unbound module that is called in its place.
     """
 
-    model: nn.Module
+    model: Given
     layers: Mapping[Path, Callable[[nn.Module], nn.Module]]
-
-    def setup(self) -> None:
-        """Variables are named as without this wrapper."""
-        nn.share_scope(self, self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module."""
@@ -146,12 +171,16 @@ class Rewired(nn.Module):
         own = len(self.path)
         running: set[Path] = set()
 
-        def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            path = tuple(context.module.path)[own:]
-            make = self.layers.get(path)
+        def maker(layer: nn.Module) -> Callable[[nn.Module], nn.Module] | None:
+            path = tuple(layer.path)[own:]
             # The new layer's own call comes here too, as it has the path of the old.
-            if make is None or context.method_name != "__call__" or path in running:
+            return None if path in running else self.layers.get(path)
+
+        def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            make = maker(context.module)
+            if make is None or context.method_name != "__call__":
                 return next_fun(*args, **kwargs)
+            path = tuple(context.module.path)[own:]
             running.add(path)
             try:
                 new = make(context.module).clone(parent=context.module.scope)
@@ -159,5 +188,22 @@ class Rewired(nn.Module):
             finally:
                 running.remove(path)
 
-        with nn.intercept_methods(intercept):
-            return getattr(self.model, method)(*args, **kwargs)
+        assert self.scope is not None
+        # In the very scope of this wrapper, without which variables would have other names.
+        model = self.model.layer.clone(parent=self.scope.rewound(), name=None)
+        makers = getattr(_RUNNING, "makers", ())
+        _RUNNING.makers = (*makers, maker)
+        try:
+            with nn.intercept_methods(intercept):
+                return getattr(model, method)(*args, **kwargs)
+        finally:
+            _RUNNING.makers = makers
+
+
+_RUNNING = threading.local()
+"""The rewired modules that are called, as functions that say what replaces a layer."""
+
+
+def _is_replaced(layer: nn.Module) -> bool:
+    """Whether another layer is about to be called in the place of this one."""
+    return any(maker(layer) for maker in getattr(_RUNNING, "makers", ()))

@@ -167,8 +167,8 @@ def _run(equation: Any, inputs: list[Any], found: _Found) -> Sequence[Any]:
     if name == "cond":
         return _run_cond(params, inputs, found)
     raise ValueError(
-        f"{found.who}: a layer lies inside '{name}', out of which nothing can be read. Use jax.lax.scan or "
-        f"nn.scan, or call the layer outside."
+        f"{found.who}: a layer lies inside '{name}', out of which nothing can be read. Use "
+        f"jax.lax.scan or nn.scan, or call the layer outside."
     )
 
 

@@ -62,6 +62,10 @@ class Model(abc.ABC):
         """Where in `arrays` the variable `name` of the layer at `path` is; None if it has none."""
 
     @abc.abstractmethod
+    def place(self, path: Path, name: str, collection: str) -> Path:
+        """Where in `arrays` a new variable of the layer at `path` belongs."""
+
+    @abc.abstractmethod
     def collection(self, key: Path) -> str:
         """The collection of a variable, `"params"`, `"batch_stats"`, ...; in NNX by its type."""
 

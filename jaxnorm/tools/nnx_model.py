@@ -24,11 +24,19 @@ class NNXModel(Model):
         flat = dict(nnx.to_flat_state(state))
         self._places = {tuple(map(str, path)): path for path in flat}
         self._variables = {name: flat[path] for name, path in self._places.items()}
-        self.arrays = {name: v.get_raw_value() for name, v in self._variables.items()}
+        # Plain arrays, such as the mask of a convolution, are part of a state as well.
+        self.arrays = {
+            name: v.get_raw_value() if isinstance(v, nnx.Variable) else v
+            for name, v in self._variables.items()
+        }
 
     def key(self, path: Path, name: str) -> Path | None:
         """See `Model`."""
         return (*path, name) if (*path, name) in self.arrays else None
+
+    def place(self, path: Path, name: str, collection: str) -> Path:
+        """See `Model`."""
+        return (*path, name)
 
     def collection(self, key: Path) -> str:
         """See `Model`."""
@@ -57,7 +65,9 @@ class NNXModel(Model):
 
     def _merged(self, arrays: Arrays) -> Any:
         flat = {
-            self._places[name]: self._variables[name].replace(leaf) for name, leaf in arrays.items()
+            self._places[name]: v.replace(leaf) if isinstance(v, nnx.Variable) else leaf
+            for name, leaf in arrays.items()
+            for v in [self._variables[name]]
         }
         return nnx.merge(self._graph, nnx.from_flat_state(flat))
 

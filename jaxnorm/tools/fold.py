@@ -1,0 +1,254 @@
+"""Folding the batch norms of a whole model into its convolutions and dense layers.
+
+For inference: in it batch norm is a fixed scale and shift of each feature, which the layer before
+it can do itself, see `folding.py`. The pairs are found in a trace of the model, by following the
+data (`dataflow.py`, `pairing.py`), never by names.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+
+from jaxnorm.core import precision
+from jaxnorm.core.moments import Stats
+from jaxnorm.tools.dataflow import dataflow
+from jaxnorm.tools.folding import fold_pair
+from jaxnorm.tools.kinds import spec_of
+from jaxnorm.tools.linear_layers import skipped, with_bias
+from jaxnorm.tools.models import Arrays, Model, Path, Run, model_of
+from jaxnorm.tools.norms import NORMS, Only, chosen
+from jaxnorm.tools.pairing import Pair, Pairing
+
+
+class Difference(NamedTuple):
+    """How far apart two outputs are.
+
+    Attributes:
+        absolute: the largest absolute difference of two numbers.
+        relative: the same, divided by the largest number of the first output.
+    """
+
+    absolute: float
+    relative: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """A model without the batch norms that could be folded.
+
+    Attributes:
+        model: of the kind that was given. In Linen it is bound to its variables; `model.unbind()`
+            gives the module and them. In NNX it is in inference (`eval`).
+        pairs: by the paths of the norms that are gone, the layers that do their work.
+        left: by the paths of the norms that are still there, the reason why.
+        difference: between the outputs of the two models on the example.
+    """
+
+    model: Any = dataclasses.field(repr=False)
+    pairs: Mapping[str, str]
+    left: Mapping[str, str]
+    difference: Difference
+
+    def __str__(self) -> str:
+        lines = [
+            f"folded {len(self.pairs)} of {len(self.pairs) + len(self.left)} norms; the outputs "
+            f"differ by {self.difference.absolute:.1e}, {self.difference.relative:.1e} of the "
+            f"largest"
+        ]
+        for heading, rows in (("norm, folded into", self.pairs), ("norm, left because", self.left)):
+            if rows:
+                first, second = heading.split(", ")
+                width = max(map(len, (first, *rows)))
+                lines += ["", f"{first:{width}}  {second}"]
+                lines += [f"{path:{width}}  {what}" for path, what in rows.items()]
+        return "\n".join(lines)
+
+
+def fold(
+    model: Any,
+    *args: Any,
+    only: Only = None,
+    tolerance: float | None = None,
+    **kwargs: Any,
+) -> Folded:
+    """Folds the batch norms of a model into the layers before them, for inference.
+
+        norm(layer(x; K, b)) = layer(x; K s, (b - mean) s + offset)
+        s = scale / sqrt(var + epsilon)
+
+    Into convolutions of one to three axes, strided, dilated, grouped or depthwise, transposed ones,
+    and dense layers of all kinds. The norms are those that normalize each feature by stored
+    statistics: Flax's `BatchNorm`, and `BatchNorm`, `BatchRenorm` and `AdaBN` of this library, the
+    latter for the domain of the example call. A norm that is not folded stays, and `left` says why.
+
+    Args:
+        model: an `nnx.Module`, or a Linen module bound to its variables, `model.bind(variables)`.
+        *args, **kwargs: an example call of the model for inference, for a Linen module with what
+            says so, such as `train=False`. NNX models are put into `eval`. By this call it is seen
+            which layer feeds which norm, and by it the two models are compared.
+        only: which norms: a pattern of paths, `"block1/*"`, a function of the path, or None for
+            all.
+        tolerance: how far the outputs may differ, relative to the largest; None for the square root
+            of the machine epsilon of the narrowest dtype among kernels and results of norms, 3e-4
+            in float32.
+
+    Returns:
+        The model, which norms went where, which are left and why, and how far the outputs differ;
+        see `Folded`. It shares no arrays with the one given, which stays as it is.
+
+    Raises:
+        TypeError: a model that is none; traced arrays, by which nothing can be compared.
+        ValueError: a Linen module without variables; `only` that means no norm; outputs that differ
+            more than `tolerance`.
+
+    Numerics:
+        The new weights are computed in float32 or wider and rounded once, to the dtypes of the old.
+        For the comparison products are taken at the highest precision.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jaxnorm.tools.fold import fold
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs))
+        >>> folded = fold(model, jnp.ones((1, 2)))
+        >>> dict(folded.pairs), dict(folded.left)
+        ({'layers/1': 'layers/0'}, {})
+
+    Source:
+        Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3.1, Algorithm 2: in inference the
+        normalization is a linear transform, composed with the one before it.
+    """
+    who = "fold"
+    adapter = model_of(model, who)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((adapter.arrays, args, kwargs))):
+        raise TypeError(
+            f"{who}: found traced arrays, but compares the outputs of two models. Call it outside "
+            f"of jax.jit and other transformations."
+        )
+
+    def run(model: Any) -> Any:
+        return model(*args, **kwargs)
+
+    flow = dataflow(adapter, run)
+    norms = {p.call.path: p.call.layer for p in flow.places if isinstance(p.call.layer, NORMS)}
+    pairing = Pairing(adapter, flow, chosen(norms, only, who) if norms else ())
+    folded = _without_norms(model, adapter, pairing.pairs, run)
+    difference = _difference(adapter, model_of(folded, who), run)
+    limit = _tolerance(adapter, pairing.pairs) if tolerance is None else tolerance
+    if pairing.pairs and difference.relative > limit:
+        alone = {
+            path: _difference(
+                adapter, model_of(_without_norms(model, adapter, {path: pair}, run), who), run
+            ).relative
+            for path, pair in pairing.pairs.items()
+        }
+        worst = max(alone, key=lambda path: alone[path])
+        raise ValueError(
+            f"{who}: the outputs differ by {difference.relative:.1e} of the largest, more than "
+            f"tolerance={limit:.1e}. Alone the norm '{'/'.join(worst)}' makes the largest part, "
+            f"{alone[worst]:.1e}. Leave it, only=lambda path: path != '{'/'.join(worst)}', or "
+            f"accept the rounding: tolerance={2 * difference.relative:.0e}."
+        )
+    return Folded(
+        model=folded,
+        pairs={"/".join(p): "/".join(pair.layer.call.path) for p, pair in pairing.pairs.items()},
+        left={"/".join(path): reason for path, reason in pairing.left.items()},
+        difference=difference,
+    )
+
+
+def _without_norms(given: Any, model: Model, pairs: Mapping[Path, Pair], run: Run) -> Any:
+    """The model with these norms folded."""
+    is_nnx = isinstance(given, nnx.Module)
+    originals = model.known_layers(run) if is_nnx else {}
+    arrays, layers = dict(model.arrays), {}
+    for path, pair in pairs.items():
+        layer = pair.layer.call
+        kernel, bias = _folded(pair, model.arrays)
+        arrays[pair.keys["kernel"]] = kernel
+        arrays[(*pair.keys["kernel"][:-1], "bias")] = bias
+        if "bias" not in pair.keys:
+            layers[layer.path] = with_bias(originals.get(layer.path, layer.layer), bias)
+        layers[path] = skipped(pair.norm.call.layer, pair.dtype)
+        if not is_nnx:
+            gone = {model.key(path, name) for name in pair.norm.call.values}
+            arrays = {key: leaf for key, leaf in arrays.items() if key not in gone}
+    new = model.rebuilt(arrays, layers)
+    if is_nnx:
+        new.eval()
+    return new
+
+
+def _folded(pair: Pair, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """The new kernel and bias of the layer of a pair."""
+    spec = spec_of(pair.norm.call.layer)
+    values = {role: arrays[key] for role, key in pair.keys.items()}
+    stacked = range(pair.stacked)
+    # The norm's variables have the axes of a stack, then those of its features.
+    own = (*stacked, *(pair.stacked + axis for axis in pair.norm_axes))
+    rank = pair.stacked + len(pair.kernel_axes)
+
+    def along(role: str) -> jax.Array | None:
+        if role not in values:
+            return None
+        value = jnp.asarray(values[role])
+        return jnp.expand_dims(value, [axis for axis in range(rank) if axis not in own])
+
+    scale = along("scale")
+    if scale is not None and getattr(spec, "zero_centered_scale", False):
+        scale = scale.astype(precision.accumulation_dtype(scale.dtype)) + 1
+    var = along("var")
+    assert var is not None
+    return fold_pair(
+        values["kernel"],
+        values.get("bias"),
+        Stats(along("mean"), var),
+        scale,
+        along("offset"),
+        epsilon=spec.epsilon,
+        output_axes=(*stacked, *(pair.stacked + axis for axis in pair.kernel_axes)),
+    )
+
+
+def _difference(before: Model, after: Model, run: Run) -> Difference:
+    """How far the outputs of two models are apart."""
+    olds, news = _outputs(before, run), _outputs(after, run)
+    absolute = max(map(_apart, olds, news), default=0.0)
+    largest = max(
+        (float(np.abs(old[np.isfinite(old)]).max(initial=0.0)) for old in olds), default=0
+    )
+    return Difference(absolute, absolute / largest if largest else absolute)
+
+
+def _outputs(model: Model, run: Run) -> list[np.ndarray]:
+    """What a model returns, all floating point arrays in double precision."""
+    with jax.default_matmul_precision("highest"):
+        out = jax.jit(lambda arrays: model.run(arrays, run, lambda call: call.proceed(call.x)))(
+            model.arrays
+        )
+    leaves = [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return [
+        np.asarray(leaf).astype(np.complex128 if jnp.iscomplexobj(leaf) else np.float64)
+        for leaf in leaves
+    ]
+
+
+def _apart(old: np.ndarray, new: np.ndarray) -> float:
+    """The largest difference; none where both are the same, be it infinite or no number."""
+    same = (old == new) | (np.isnan(old) & np.isnan(new))
+    distance = np.abs(np.subtract(old, new, out=np.zeros_like(old), where=~same))
+    return float(np.nan_to_num(distance, nan=np.inf, posinf=np.inf).max(initial=0.0))
+
+
+def _tolerance(model: Model, pairs: Mapping[Path, Pair]) -> float:
+    """The square root of the largest machine epsilon among the dtypes of kernels and results."""
+    dtypes = [pair.dtype for pair in pairs.values()]
+    dtypes += [model.arrays[pair.keys["kernel"]].dtype for pair in pairs.values()]
+    return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=1e-7) ** 0.5

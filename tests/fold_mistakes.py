@@ -1,0 +1,120 @@
+"""Mistakes with folding. Part of the table of `test_errors.py`."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from mistakes import Row
+
+import jaxnorm
+from jaxnorm.tools.fold import fold
+from jaxnorm.tools.folding import fold_pair
+
+X = jnp.ones((2, 3))
+KERNEL = jnp.ones((3, 4))
+STATS = jaxnorm.Stats(jnp.zeros(4), jnp.ones(4))
+
+
+class Squared(nnx.BatchNorm):
+    """A norm with something behind it, as users write it."""
+
+    def __call__(self, x):
+        return super().__call__(x) ** 2
+
+
+def model(norm=nnx.BatchNorm):
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), norm(4, rngs=rngs))
+
+
+with jax.ensure_compile_time_eval():
+    WITH_BATCH_NORM, WITH_SQUARES = model(), model(Squared)
+    WITH_BATCH_NORM.eval()
+
+
+def with_values(fun):
+    """Makes the mistake where there are values: these models are compared by them."""
+
+    def trigger():
+        with jax.ensure_compile_time_eval():
+            fun()
+
+    return trigger
+
+
+ROWS = [
+    # One pair
+    Row(
+        "fold of integers",
+        lambda: fold_pair(jnp.ones((3, 4), int), None, STATS),
+        TypeError,
+        r"^fold_pair: the input is int32.*x\.astype\(jnp\.float32\)",
+    ),
+    Row(
+        "fold by evidence",
+        lambda: fold_pair(KERNEL, None, jaxnorm.moments(KERNEL, 0)),
+        TypeError,
+        r"^fold_pair: needs jaxnorm\.Stats, found Moments.*jaxnorm\.Stats\(mean, var\)",
+    ),
+    Row(
+        "fold along an axis that is not there",
+        lambda: fold_pair(KERNEL, None, STATS, output_axes=2),
+        ValueError,
+        r"^fold_pair: output_axes=2 is out of range for 2 axes",
+    ),
+    *(
+        Row(
+            f"fold of {what} that does not fit",
+            lambda arguments=arguments: fold_pair(
+                KERNEL, **{"bias": None, "stats": STATS} | arguments
+            ),
+            ValueError,
+            rf"^fold_pair: {what} has shape {shape}, but the kernel has \(4,\) along.*output_axes=",
+        )
+        for what, shape, arguments in (
+            ("the bias", r"\(3,\)", {"bias": jnp.ones(3)}),
+            ("the mean", r"\(\)", {"stats": jaxnorm.Stats(jnp.ones(()), jnp.ones(4))}),
+            ("the variance", r"\(3,\)", {"stats": jaxnorm.Stats(None, jnp.ones(3))}),
+            ("the scale", r"\(1, 4\)", {"scale": jnp.ones((1, 4))}),
+            ("the offset", r"\(2,\)", {"offset": jnp.ones(2)}),
+        )
+    ),
+    Row(
+        "fold of a complex mean into a real kernel",
+        lambda: fold_pair(KERNEL, None, jaxnorm.Stats(jnp.ones(4) + 0j, jnp.ones(4))),
+        TypeError,
+        r"^fold_pair: a float32 kernel cannot hold.*complex64.*kernel\.astype\(jnp\.complex64\)",
+    ),
+    # Whole models
+    Row(
+        "fold of an array",
+        lambda: fold(KERNEL, X),
+        TypeError,
+        r"^fold: found \w+, but needs a model with its variables.*model\.bind\(variables\)",
+    ),
+    Row(
+        "fold of a module without variables",
+        lambda: fold(nn.Dense(3), X),
+        ValueError,
+        r"^fold: the Linen module Dense has no variables.*bind\(variables\)",
+    ),
+    Row(
+        "fold under jit",
+        lambda: fold(WITH_BATCH_NORM, jnp.cos(X)),
+        TypeError,
+        r"^fold: found traced arrays.*Call it outside of jax\.jit",
+    ),
+    Row(
+        "fold of a norm that does more",
+        with_values(lambda: fold(WITH_SQUARES, X)),
+        ValueError,
+        r"^fold: the outputs differ by .*more than tolerance=3\.5e-04.*'layers/1' makes the "
+        r"largest part.*only=lambda path: path != 'layers/1'.*tolerance=",
+    ),
+    Row(
+        "fold of norms that are not there",
+        with_values(lambda: fold(WITH_BATCH_NORM, X, only="block/*")),
+        ValueError,
+        r"^fold: only='block/\*' chooses none of the norms \['layers/1'\]",
+    ),
+]
