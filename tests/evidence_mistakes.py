@@ -37,6 +37,14 @@ class Computed(nn.Module):
         return halved(use_running_average=True)(x)
 
 
+class NormAndRelu(nn.BatchNorm):
+    """A norm of a user's own."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(super().__call__(x, use_running_average=True))
+
+
 class Sliced(nn.Module):
     """One layer over two parts of the same statistics that overlap."""
 
@@ -89,6 +97,13 @@ ROWS = [
         lambda: collector(Sliced()),
         ValueError,
         r"^population_stats: its calls share a part of their statistics.*Give each layer its own",
+        with_values=True,
+    ),
+    Row(
+        "a subclass of a norm with a call of its own",
+        lambda: collector(NormAndRelu()),
+        ValueError,
+        r"^population_stats: is a NormAndRelu.*in the place of a subclass",
         with_values=True,
     ),
     Row(

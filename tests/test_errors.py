@@ -16,10 +16,18 @@ from batch_family_mistakes import ROWS as WITH_THE_BATCH_FAMILY
 from diagnose_mistakes import ROWS as WITH_DIAGNOSE
 from evidence_mistakes import ROWS as WITH_EVIDENCE
 from flax import errors, nnx
+from fold_mistakes import ROWS as WITH_FOLDING
+from freeze_mistakes import ROWS as WITH_FREEZING
 from ghost_mistakes import ROWS as WITH_GHOST_BATCHES
+from import_frameworks_mistakes import ROWS as WITH_OTHER_IMPORTS
+from import_mistakes import ROWS as WITH_IMPORTS
 from method_mistakes import MISTAKES_WITH_METHODS
 from mistakes import DOORS, KEY, MISTAKES_AT_DOORS, SHAPE, Call, Row
+from population_mistakes import ROWS as WITH_POPULATIONS
+from replace_mistakes import ROWS as WITH_REPLACING
 from replicas_mistakes import ROWS as WITH_REPLICAS
+from report_mistakes import ROWS as WITH_REPORTS
+from tent_mistakes import ROWS as WITH_TENT
 from weight_mistakes import ROWS as WITH_WEIGHTS
 from whitening_mistakes import ROWS as WITH_WHITENING
 
@@ -42,6 +50,14 @@ ROWS = [
     *WITH_THE_BATCH_FAMILY,
     *WITH_DIAGNOSE,
     *WITH_EVIDENCE,
+    *WITH_TENT,
+    *WITH_REPORTS,
+    *WITH_REPLACING,
+    *WITH_POPULATIONS,
+    *WITH_IMPORTS,
+    *WITH_OTHER_IMPORTS,
+    *WITH_FREEZING,
+    *WITH_FOLDING,
     *WITH_GHOST_BATCHES,
     *WITH_REPLICAS,
     *WITH_WEIGHTS,

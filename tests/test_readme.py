@@ -1,4 +1,4 @@
-"""The code in the README and in the page on devices runs, and the commands are those of CI."""
+"""The code in the README and in the pages of docs runs, and the commands are those of CI."""
 
 import re
 from pathlib import Path
@@ -28,10 +28,15 @@ def test_code_runs(block):
     exec(compile(block, "README.md", "exec"), {})
 
 
-def test_code_about_devices_runs():
+PAGES = [REPOSITORY / "docs" / "devices.md", *sorted((REPOSITORY / "docs" / "tools").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_of_a_page_runs(page, monkeypatch, tmp_path):
     """From top to bottom: there, a block goes on from those before."""
+    monkeypatch.chdir(tmp_path)
     namespace = {}
-    for block in blocks_of((REPOSITORY / "docs" / "devices.md").read_text()):
+    for block in blocks_of(page.read_text()):
         exec(compile(block, block.strip().splitlines()[0], "exec"), namespace)
 
 

@@ -23,7 +23,7 @@ from jaxnorm.core.moments import Moments, Stats
 from jaxnorm.methods import AdaBN, InstanceNorm
 from jaxnorm.methods.accumulation import PREFIX
 from jaxnorm.methods.running_covariance import RunningCovariance
-from jaxnorm.tools.kinds import keeps_statistics, spec_of
+from jaxnorm.tools.kinds import calls_as_its_kind, keeps_statistics, spec_of
 from jaxnorm.tools.marks import Marked, harvest, mark
 from jaxnorm.tools.models import Arrays, LayerCall, Model, Path, Run
 
@@ -154,6 +154,13 @@ class Collector:
         spec = spec_of(call.layer)
         if spec is None or not keeps_statistics(spec):
             return None
+        if not calls_as_its_kind(call.layer):
+            kind = type(call.layer)
+            raise ValueError(
+                f"{self._where(call.path)}: is a {kind.__name__}, whose call is a user's own, so "
+                f"that it is not known what it normalizes. Write a module that calls the norm and "
+                f"then does the rest, in the place of a subclass."
+            )
         options: dict[str, Any] = dict(
             momentum=0.5, debias=False, update_every=2, update_stats=True, unbound_axis="local"
         )

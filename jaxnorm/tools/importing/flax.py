@@ -1,0 +1,220 @@
+"""Import of Flax models into others: from Linen into NNX, from NNX into Linen, or into a like one.
+
+The same variables have the same names in both, so that what differs is little: Linen sorts them
+into collections; NNX keeps those of weight norms elsewhere, and several feature axes flat.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from flax import linen, nnx
+
+from jaxnorm.tools.importing.arrays import flat_arrays, reshaped
+from jaxnorm.tools.importing.names import Names, check_paths
+from jaxnorm.tools.importing.options import SourceOptions
+from jaxnorm.tools.importing.plan import Imported, Source, SourceLayer, import_layers
+from jaxnorm.tools.importing.targets import TargetLayer, beside_layers, target_layers
+from jaxnorm.tools.kinds import method_of
+from jaxnorm.tools.models import Model, Path, Run, model_of
+
+COLLECTIONS = ("params", "batch_stats")
+OPTIONS = ("epsilon", "momentum", "running_var", "debias", "zero_centered_scale")
+"""What is read off the norms of a model: what changes what its arrays mean."""
+BOOKKEEPING = re.compile("updates|step|pending_.*")
+"""What a norm without the options that need it can do without."""
+
+
+def import_flax(
+    model: Any,
+    other: Any,
+    *args: Any,
+    names: Names | None = None,
+    source: SourceOptions | Literal["same"] | None = None,
+    scans: Mapping[str, tuple[int, int]] | None = None,
+    call_other: Run | None = None,
+    partial: bool = False,
+    **kwargs: Any,
+) -> Imported:
+    """Fills a model with the variables of another Flax model, of either framework.
+
+    All layers, ours and Flax's, and all other parameters and statistics. Options of norms are
+    compared. What does not fit is listed, never guessed.
+
+    Args:
+        model: an `nnx.Module`, or a Linen module bound to its variables, `model.bind(variables)`.
+        other: what is imported: an `nnx.Module`; a Linen module bound to its variables; or
+            variables alone, Linen's `{"params": ..., "batch_stats": ...}`, or nested dictionaries
+            of NNX.
+        *args: the model's call, such as an example batch; only shapes are computed.
+        names: by the path of a layer or of a module around layers, its path in `other`:
+            `{"stem": "encoder/conv1"}`; or a function from the one to the other. What is not named
+            is called alike in both. A tuple of names fills one layer that `nn.scan` or `nnx.scan`
+            runs for several. A variable of no known layer is named itself.
+        source: the options that the layers of `other` had, by kind or path of the layer, where they
+            are neither seen nor Flax's defaults: `{"BatchNorm": dict(epsilon=1e-3)}`. `"same"` says
+            that they are those of the model, and compares nothing.
+        scans: by the path of a module that a scan runs for several layers, the axis of these in
+            `other` and in the model, where they are not the same: `{"layers": (1, 0)}`.
+        call_other: how a Linen module `other` is called for its options to be seen; by default as
+            the model is. Where that is otherwise: `lambda other: other(x, train=False)`.
+        partial: whether what does not fit is only reported, and keeps the model's values: for fine
+            tuning. Options that differ are an error all the same.
+        **kwargs: the model's call; in Linen these say that it is inference, `train=False`.
+
+    Returns:
+        The filled model, of the kind of `model`, which stays as it is, and a report: `print` it.
+
+    Raises:
+        TypeError: no model with variables; variables, names or options that are none.
+        ValueError: every key that was not used, every variable that was not filled, every shape
+            and every option that differs, all at once.
+
+    Numerics:
+        Values are copied bit by bit, and rounded only if the model's dtype is narrower, or a scale
+        is stored minus 1 in one of the two.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import linen as nn, nnx
+        >>> from jaxnorm.tools.importing.flax import import_flax
+        >>> x = jnp.ones((1, 2))
+        >>> dense = nn.Dense(3, use_bias=False)
+        >>> bound = dense.bind(dense.init(jax.random.key(0), x))
+        >>> layer = nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(1))
+        >>> filled, report = import_flax(layer, bound, x)
+        >>> print(report)
+        kernel  <-  kernel
+        >>> bool((filled(x) == bound(x)).all())
+        True
+
+    Differs:
+        Counts of updates and steps, and evidence that waits for a step, are taken by norms that
+        keep them and dropped by others; evidence that the other model lacks starts at none.
+    """
+    who = "import_flax"
+    scans = dict(scans or {})
+
+    def call(model: Any) -> Any:
+        return model(*args, **kwargs)
+
+    if isinstance(other, linen.Module):
+        arrays, options = _of_linen(other, call_other or call, who)
+    elif isinstance(other, nnx.Module):
+        arrays, options = _of_nnx(other, who)
+    else:
+        arrays, options = _of_variables(other, who), {}
+    held = model_of(model, who)
+    if scans:
+        check_paths("scans", scans, [target.name for target in target_layers(held, call)], who)
+    reader = _Reader({key: leaf.shape for key, leaf in held.arrays.items()}, scans)
+    return import_layers(
+        model,
+        Source("flax", arrays, reader.read, "/", options),
+        call,
+        names=names,
+        source_options=source,
+        partial=partial,
+        who=who,
+    )
+
+
+Options = dict[str, dict[str, Any]]
+
+
+def _of_linen(other: linen.Module, call: Run, who: str) -> tuple[dict[str, np.ndarray], Options]:
+    """The arrays of a Linen module bound to its variables, and the options of its norms."""
+    held = model_of(other, who)
+    layers = {"/".join(path): calls[0].layer for path, calls in held.layers(call).items()}
+    return _named(_kept(held)), _options(layers)
+
+
+def _of_nnx(other: nnx.Module, who: str) -> tuple[dict[str, np.ndarray], Options]:
+    """The arrays of an NNX module, and the options of its norms."""
+    layers = {"/".join(map(str, path)): layer for path, layer in nnx.iter_modules(other)}
+    return _named(_kept(model_of(other, who))), _options(layers)
+
+
+def _kept(held: Model) -> dict[Path, Any]:
+    """Parameters and statistics, and no random keys or caches."""
+    return {key: leaf for key, leaf in held.arrays.items() if held.collection(key) in COLLECTIONS}
+
+
+def _of_variables(variables: Any, who: str) -> dict[str, np.ndarray]:
+    """The arrays of variables alone, of Linen by collection or of NNX."""
+    fix = "model.bind(variables), an nnx.Module, {'params': ..., 'batch_stats': ...} of Linen, or "
+    fix += "nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat)))"
+    flat = flat_arrays(variables, who, fix, separator="\n")
+    return _named({tuple(key.split("\n")): leaf for key, leaf in flat.items()})
+
+
+def _named(arrays: Mapping[Path, Any]) -> dict[str, np.ndarray]:
+    """Arrays by the name of their layer and their role in it, `"block/conv/kernel/scale"`."""
+    plain = {_without_collection(key) for key in arrays}
+    named = {}
+    for key, leaf in arrays.items():
+        path = _without_collection(key)
+        for layer, role in beside_layers(key):
+            if (*layer, role.split("/")[0]) in plain:
+                path = (*layer, role)
+                break
+        named["/".join(path)] = np.asarray(leaf)
+    return named
+
+
+def _without_collection(key: Path) -> Path:
+    """The path of a variable, in Linen without the collection that it begins with."""
+    return key[1:] if key[0] in COLLECTIONS and len(key) > 1 else key
+
+
+def _options(layers: Mapping[str, Any]) -> Options:
+    """The options of the norms among layers."""
+    return {
+        name: {option: getattr(layer, option) for option in OPTIONS if hasattr(layer, option)}
+        for name, layer in layers.items()
+        if method_of(layer) is not None
+    }
+
+
+class _Reader(NamedTuple):
+    """Reads layers, whose arrays have the same roles in all of Flax.
+
+    Attributes:
+        shapes: those of the model's variables, with the axes of scans.
+        scans: see `import_flax`.
+    """
+
+    shapes: Mapping[Path, tuple[int, ...]]
+    scans: Mapping[str, tuple[int, int]]
+
+    def read(self, target: TargetLayer, local: Mapping[str, np.ndarray]) -> SourceLayer:
+        """The arrays of a layer of the other model, for a layer of this one."""
+        droppable = frozenset(filter(BOOKKEEPING.fullmatch, local))
+        arrays = {
+            role: self._shaped(self._along(local[role], target), target, role)
+            for role in local
+            if role in target.keys
+        }
+        keys = {role: (role,) for role in {*arrays, *droppable}}
+        return SourceLayer(arrays, keys, droppable=droppable)
+
+    def _along(self, leaf: np.ndarray, target: TargetLayer) -> np.ndarray:
+        """An array with the axis of a scan where the model has it."""
+        for path, (there, here) in self.scans.items():
+            if f"{target.name}/".startswith(f"{path}/") and leaf.ndim > max(there, here):
+                return np.moveaxis(leaf, there, here)
+        return leaf
+
+    def _shaped(self, leaf: np.ndarray, target: TargetLayer, role: str) -> np.ndarray:
+        """A norm's array with several feature axes or one for all, as the model has them."""
+        whole = self.shapes[target.keys[role]]
+        scanned = len(whole) - len(target.shapes[role])
+        is_flat = 1 in (leaf.ndim - scanned, len(whole) - scanned)
+        if (
+            method_of(target.layer) is None
+            or not is_flat
+            or leaf.shape[:scanned] != whole[:scanned]
+        ):
+            return leaf
+        return reshaped(leaf, whole)

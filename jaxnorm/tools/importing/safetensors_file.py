@@ -1,0 +1,42 @@
+"""Files of arrays by name (safetensors), read and written without PyTorch."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def load_safetensors(path: str | os.PathLike[str], who: str) -> dict[str, np.ndarray]:
+    """The arrays of a file, bfloat16 included.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    return _library(who).load_file(os.fspath(path))
+
+
+def save_safetensors(state_dict: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
+    """Writes arrays by name to a file, which PyTorch reads with `safetensors.torch.load_file`.
+
+    Args:
+        state_dict: NumPy arrays by key, as `export_torch` returns them.
+        path: of the file, `"model.safetensors"`.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    # A transposed array would be written in the order of its memory.
+    arrays = {key: np.array(leaf, order="C") for key, leaf in state_dict.items()}
+    _library("save_safetensors").save_file(arrays, os.fspath(path))
+
+
+def _library(who: str) -> Any:
+    try:
+        import safetensors.numpy  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError(
+            f"{who}: reading and writing .safetensors files needs safetensors, which is not "
+            f"installed. Run pip install safetensors, or give arrays by name."
+        ) from error
+    return safetensors.numpy
