@@ -32,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 from jaxnorm import linen as jnn
-from jaxnorm.tools.fold import fold
+from jaxnorm.tools import fold
 
 
 @dataclass(frozen=True)

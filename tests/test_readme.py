@@ -32,9 +32,9 @@ PAGES = [REPOSITORY / "docs" / "devices.md", *sorted((REPOSITORY / "docs" / "too
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_code_of_a_page_runs(page, monkeypatch, tmp_path):
-    """From top to bottom: there, a block goes on from those before."""
-    monkeypatch.chdir(tmp_path)
+def test_code_of_a_page_runs(page, monkeypatch):
+    """From top to bottom, in the root of the repository: a block goes on from those before."""
+    monkeypatch.chdir(REPOSITORY)
     namespace = {}
     for block in blocks_of(page.read_text()):
         exec(compile(block, block.strip().splitlines()[0], "exec"), namespace)

@@ -97,7 +97,7 @@ def report_norms(
     Example:
         >>> import jax, jax.numpy as jnp, jaxnorm
         >>> from flax import nnx
-        >>> from jaxnorm.diagnose.norms import report_norms
+        >>> from jaxnorm.diagnose import report_norms
         >>> norm = jaxnorm.nnx.BatchNorm(2, rngs=nnx.Rngs(0))
         >>> report = report_norms(norm, jnp.array([[1.0, 7.0], [3.0, 7.0], [5.0, 7.0]]))
         >>> (row,) = report.rows

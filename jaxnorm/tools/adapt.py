@@ -71,7 +71,7 @@ def adapt_stats(
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> from jaxnorm.tools.adapt import adapt_stats
+        >>> from jaxnorm.tools import adapt_stats
         >>> norm = nnx.BatchNorm(1, rngs=nnx.Rngs(0))  # of the source: mean 0, variance 1
         >>> target = [jnp.array([[8.0], [12.0]])]
         >>> adapt_stats(norm, target).mean[...].round(3).tolist()
@@ -140,7 +140,7 @@ def batch_adapter(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
-        >>> from jaxnorm.tools.adapt import batch_adapter
+        >>> from jaxnorm.tools import batch_adapter
         >>> norm = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
         >>> batches = jnp.array([[[8.0], [12.0]], [[0.0], [2.0]]])
         >>> jax.lax.map(batch_adapter(norm, batches[0]), batches).round(3).ravel().tolist()

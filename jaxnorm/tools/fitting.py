@@ -32,8 +32,6 @@ def misfit(model: Model, to: To, layer: Any, calls: Sequence[LayerCall], path: P
         for call in calls:
             _try(to.spec(layer), call, who)
     except (TypeError, ValueError) as error:
-        if not str(error).startswith(who):
-            raise
         return str(error).removeprefix(f"{who}: ")
     if any(_single(to.spec(layer), call.x) for call in calls):
         return (

@@ -114,7 +114,7 @@ def fold(
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> from jaxnorm.tools.fold import fold
+        >>> from jaxnorm.tools import fold
         >>> rngs = nnx.Rngs(0)
         >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs))
         >>> folded = fold(model, jnp.ones((1, 2)))

@@ -68,7 +68,7 @@ def fold_pair(
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
-        >>> from jaxnorm.tools.folding import fold_pair
+        >>> from jaxnorm.tools import fold_pair
         >>> stats = jaxnorm.Stats(mean=jnp.array([3.0]), var=jnp.array([0.25]))
         >>> kernel, bias = fold_pair(jnp.array([[5.0], [1.0]]), None, stats, epsilon=0.0)
         >>> kernel.tolist(), bias.tolist()

@@ -77,7 +77,7 @@ def freeze(
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> from jaxnorm.tools.freeze import freeze
+        >>> from jaxnorm.tools import freeze
         >>> model = nnx.Sequential(nnx.BatchNorm(2, rngs=nnx.Rngs(0)), nnx.Dropout(0.5))
         >>> frozen = freeze(model, affine=True)
         >>> print(frozen)
@@ -137,7 +137,7 @@ def norm_mask(model: Any, *args: Any, only: Only = None, **kwargs: Any) -> Any:
     Example:
         >>> import optax
         >>> from flax import nnx
-        >>> from jaxnorm.tools.freeze import norm_mask
+        >>> from jaxnorm.tools import norm_mask
         >>> rngs = nnx.Rngs(0)
         >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs))
         >>> mask = norm_mask(model)
@@ -166,7 +166,7 @@ def norm_labels(model: Any, *args: Any, only: Only = None, **kwargs: Any) -> Any
     Example:
         >>> import optax
         >>> from flax import nnx
-        >>> from jaxnorm.tools.freeze import norm_labels
+        >>> from jaxnorm.tools import norm_labels
         >>> rngs = nnx.Rngs(0)
         >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs))
         >>> transforms = {"norm": optax.set_to_zero(), "other": optax.adamw(1e-3)}
@@ -193,7 +193,7 @@ def decay_mask(model: Any, *args: Any, biases: bool = False, **kwargs: Any) -> A
     Example:
         >>> import optax
         >>> from flax import nnx
-        >>> from jaxnorm.tools.freeze import decay_mask
+        >>> from jaxnorm.tools import decay_mask
         >>> rngs = nnx.Rngs(0)
         >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs))
         >>> mask = decay_mask(model)

@@ -74,7 +74,7 @@ def population_stats(
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> from jaxnorm.tools.population import population_stats
+        >>> from jaxnorm.tools import population_stats
         >>> norm = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
         >>> batches = [jnp.array([[0.0], [2.0]]), jnp.array([[7.0], [11.0]])]
         >>> exact = population_stats(norm, batches)

@@ -141,8 +141,8 @@ def replace(model: Any, by: By, *args: Any, only: Only = None, **kwargs: Any) ->
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> from jaxnorm.tools.replace import replace
-        >>> from jaxnorm.tools.replacements import to
+        >>> from jaxnorm.tools import replace
+        >>> from jaxnorm.tools import to
         >>> model = nnx.Sequential(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), nnx.relu)
         >>> replaced = replace(model, to("GroupNorm", num_groups=2), jnp.ones((3, 4)))
         >>> change = replaced.changed[0]

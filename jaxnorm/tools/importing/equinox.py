@@ -78,7 +78,7 @@ def import_equinox(
     Example:
         >>> import jax.numpy as jnp, numpy as np
         >>> from flax import nnx
-        >>> from jaxnorm.tools.importing.equinox import import_equinox
+        >>> from jaxnorm.tools import import_equinox
         >>> arrays = {"mlp.layers.0.weight": np.float32([[2.0]])}
         >>> layer = nnx.Linear(1, 1, use_bias=False, rngs=nnx.Rngs(0))
         >>> filled, report = import_equinox(

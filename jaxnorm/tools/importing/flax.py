@@ -78,7 +78,7 @@ def import_flax(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import linen as nn, nnx
-        >>> from jaxnorm.tools.importing.flax import import_flax
+        >>> from jaxnorm.tools import import_flax
         >>> x = jnp.ones((1, 2))
         >>> dense = nn.Dense(3, use_bias=False)
         >>> bound = dense.bind(dense.init(jax.random.key(0), x))

@@ -72,7 +72,7 @@ def import_haiku(
     Example:
         >>> import jax.numpy as jnp, numpy as np
         >>> from flax import nnx
-        >>> from jaxnorm.tools.importing.haiku import import_haiku
+        >>> from jaxnorm.tools import import_haiku
         >>> params = {"mlp/~/linear_0": {"w": np.float32([[2.0]]), "b": np.float32([1.0])}}
         >>> layer = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
         >>> filled, report = import_haiku(

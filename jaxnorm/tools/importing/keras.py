@@ -77,8 +77,8 @@ def import_keras(
     Example:
         >>> import jax.numpy as jnp, numpy as np
         >>> from flax import nnx
-        >>> from jaxnorm.tools.importing.keras import import_keras
-        >>> from jaxnorm.tools.importing.presets import keras_defaults
+        >>> from jaxnorm.tools import import_keras
+        >>> from jaxnorm.tools import keras_defaults
         >>> norm = nnx.BatchNorm(1, **keras_defaults(nnx.BatchNorm), rngs=nnx.Rngs(0))
         >>> names = ("gamma", "beta", "moving_mean", "moving_variance")
         >>> values = (1.0, 0.0, 2.0, 9.0)

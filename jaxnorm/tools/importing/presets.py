@@ -73,7 +73,7 @@ def torch_defaults(layer: str | type) -> dict[str, Any]:
 
     Example:
         >>> from flax import linen as nn, nnx
-        >>> from jaxnorm.tools.importing.presets import torch_defaults
+        >>> from jaxnorm.tools import torch_defaults
         >>> torch_defaults("BatchNorm")
         {'epsilon': 1e-05, 'momentum': 0.9, 'running_var': 'unbiased'}
         >>> torch_defaults(nn.BatchNorm), torch_defaults(nnx.LayerNorm)

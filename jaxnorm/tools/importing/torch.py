@@ -73,8 +73,8 @@ def import_torch(
     Example:
         >>> import jax.numpy as jnp, numpy as np
         >>> from flax import nnx
-        >>> from jaxnorm.tools.importing.presets import torch_defaults
-        >>> from jaxnorm.tools.importing.torch import import_torch
+        >>> from jaxnorm.tools import torch_defaults
+        >>> from jaxnorm.tools import import_torch
         >>> norm = nnx.BatchNorm(2, **torch_defaults(nnx.BatchNorm), rngs=nnx.Rngs(0))
         >>> state = {"bn.weight": np.ones(2), "bn.bias": np.zeros(2), "bn.running_mean": np.ones(2),
         ...          "bn.running_var": np.full(2, 4.0), "bn.num_batches_tracked": np.array(7)}
@@ -137,7 +137,7 @@ def export_torch(
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> from jaxnorm.tools.importing.torch import export_torch
+        >>> from jaxnorm.tools import export_torch
         >>> dense = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
         >>> state = export_torch(dense, jnp.ones((1, 3)), names={"": "fc"})
         >>> {key: leaf.shape for key, leaf in state.items()}
