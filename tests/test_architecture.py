@@ -126,8 +126,8 @@ def test_every_module_is_a_registered_method(framework):
     assert classes == {method.name for method in METHODS}
 
 
-def test_public_names_are_documented_with_an_example():
-    for name in public_functions():
-        value = getattr(jaxnorm, name)
-        if callable(value) and not isinstance(value, type):
+@pytest.mark.parametrize("home", [jaxnorm, jaxnorm.tools, jaxnorm.diagnose])
+def test_public_names_are_documented_with_an_example(home):
+    for name, value in vars(home).items():
+        if not name.startswith("_") and callable(value) and not isinstance(value, type):
             assert ">>> " in (value.__doc__ or ""), name

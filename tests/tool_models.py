@@ -1,6 +1,6 @@
 """Models on which the tools are tried: a small ResNet in both frameworks, and one of branches."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -168,16 +168,31 @@ class NNXBranches(nnx.Module):
 def stirred(path, leaf):
     """Values that no initializer gives: statistics and parameters as after training."""
     generator = np.random.default_rng(sum(map(ord, "/".join(path))))
-    noise = jnp.asarray(generator.normal(size=leaf.shape), leaf.dtype)
+    values = generator.normal(size=leaf.shape)
     if path[-1] in ("var", "scale"):
-        return jnp.exp(noise / 2)
-    return noise if path[-1] in ("mean", "bias") else leaf + 0.1 * noise
+        values = np.exp(values / 2)
+    elif path[-1] not in ("mean", "bias"):
+        values = np.asarray(leaf) + 0.1 * values
+    return jnp.array(values, leaf.dtype)
 
 
 def stirred_variables(module, x, **options):
-    """Variables of a Linen module, as after training."""
-    flat = flatten_dict(module.init(jax.random.key(0), x, **options))
+    """Variables of a Linen module, as after training; no two calls share an array."""
+    flat = _initial_variables(module, x.shape, x.dtype, tuple(options.items()))
     return unflatten_dict({path: stirred(path[1:], leaf) for path, leaf in flat.items()})
+
+
+@cache
+def _initial_variables(module, shape, dtype, options):
+    """Made once for all tests of a file, and compiled quickly, as it runs once."""
+    init = jax.jit(
+        partial(module.init, **dict(options)),
+        compiler_options={
+            "xla_backend_optimization_level": 0,
+            "xla_llvm_disable_expensive_passes": True,
+        },
+    )
+    return flatten_dict(jax.device_get(init(jax.random.key(0), jnp.zeros(shape, dtype))))
 
 
 def stir(model):

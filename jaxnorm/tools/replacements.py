@@ -96,9 +96,21 @@ def to(method: str, **options: Any) -> To:
             defaults. `axis` goes on as `feature_axes` where these are called so. `axis_name` does
             not carry over to methods that normalize each example by itself.
 
+    Returns:
+        What `replace` takes.
+
     Raises:
         ValueError: no method of this name.
         TypeError: the method has no such option.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jaxnorm import tools
+        >>> norm = nnx.BatchNorm(4, epsilon=1e-3, rngs=nnx.Rngs(0))
+        >>> new = tools.replace(norm, tools.to("GroupNorm", num_groups=2), jnp.ones((2, 4))).model
+        >>> new.num_groups, new.epsilon
+        (2, 0.001)
     """
     who = "to"
     if method not in SPECS:
@@ -119,24 +131,81 @@ def frozen(*, statistics: bool = True, affine: bool = True) -> Freeze:
         statistics: whether it normalizes by its stored statistics, which then never move.
         affine: whether no gradient reaches its scale and bias. Weight decay still moves them: see
             `decay_mask`.
+
+    Returns:
+        What `replace` takes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jaxnorm import tools
+        >>> norm = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+        >>> new = tools.replace(norm, tools.frozen(), jnp.ones((2, 1))).model
+        >>> new.train()
+        >>> new(jnp.array([[0.0], [2.0]])).round(3).tolist()  # by mean 0 and variance 1
+        [[0.0], [2.0]]
     """
     return Freeze(statistics, affine)
 
 
 def ghost(size: int) -> To:
-    """Batch norm of `size` examples at a time."""
+    """Batch norm of `size` examples at a time, see `jaxnorm.ghost_batches`.
+
+    Args:
+        size: how many examples are normalized together; must divide the batch.
+
+    Returns:
+        What `replace` takes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jaxnorm import tools
+        >>> norm = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+        >>> x = jnp.array([[0.0], [2.0], [10.0], [12.0]])
+        >>> tools.replace(norm, tools.ghost(2), x).model(x).round(3).tolist()
+        [[-1.0], [1.0], [-1.0], [1.0]]
+    """
     return to("BatchNorm", ghost_batch_size=size)
 
 
 def synchronized(
     axis_name: AxisName, axis_index_groups: Sequence[Sequence[int]] | None = None
 ) -> To:
-    """Batch norm over the devices along a mapped axis, or within groups of them."""
+    """Batch norm over the devices along a mapped axis, or within groups of them.
+
+    Args:
+        axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`).
+        axis_index_groups: groups of indices along them; each is a batch of its own.
+
+    Returns:
+        What `replace` takes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jaxnorm import tools
+        >>> norm = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+        >>> new = tools.replace(norm, tools.synchronized("device"), jnp.ones((2, 1))).model
+        >>> new.axis_name
+        'device'
+    """
     return to("BatchNorm", axis_name=axis_name, axis_index_groups=axis_index_groups)
 
 
 def unsynchronized() -> To:
-    """Batch norm of each device by itself."""
+    """Batch norm of each device by itself.
+
+    Returns:
+        What `replace` takes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jaxnorm import tools
+        >>> norm = nnx.BatchNorm(1, axis_name="device", rngs=nnx.Rngs(0))
+        >>> tools.replace(norm, tools.unsynchronized(), jnp.ones((2, 1))).model.axis_name
+    """
     return to("BatchNorm", axis_name=None, axis_index_groups=None)
 
 

@@ -124,6 +124,15 @@ def equinox_arrays(module: Any, state: Any = None) -> dict[str, np.ndarray]:
         The statistics are computed in float64 and rounded once. They are those by which Equinox
         normalizes in inference, though its variance starts at 1 and is debiased as if it started at
         0: after t batches it is too large by momentum^t / (1 - momentum^t).
+
+    Example:
+        >>> import dataclasses
+        >>> import numpy as np
+        >>> from jaxnorm.tools import equinox_arrays
+        >>> Linear = dataclasses.make_dataclass("Linear", ["weight", "bias"])  # as eqx.nn.Linear
+        >>> arrays = equinox_arrays(Linear(weight=np.ones((3, 2)), bias=np.zeros(3)))
+        >>> {name: leaf.shape for name, leaf in arrays.items()}
+        {'weight': (3, 2), 'bias': (3,)}
     """
     arrays = {}
     for path, node in _nodes(module, ""):

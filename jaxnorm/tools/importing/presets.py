@@ -83,22 +83,46 @@ def torch_defaults(layer: str | type) -> dict[str, Any]:
 
 
 def keras_defaults(layer: str | type) -> dict[str, Any]:
-    """Keras 3's defaults as options of a layer, ours or Flax's; see `torch_defaults`."""
+    """Keras 3's defaults as options of a layer, ours or Flax's; see `torch_defaults`.
+
+    Example:
+        >>> from jaxnorm.tools import keras_defaults
+        >>> keras_defaults("BatchNorm")
+        {'epsilon': 0.001, 'momentum': 0.99, 'running_var': 'biased'}
+    """
     return _defaults("keras", layer)
 
 
 def haiku_defaults(layer: str | type) -> dict[str, Any]:
-    """Haiku's defaults as options of a layer, ours or Flax's; see `torch_defaults`."""
+    """Haiku's defaults as options of a layer, ours or Flax's; see `torch_defaults`.
+
+    Example:
+        >>> from jaxnorm.tools import haiku_defaults
+        >>> haiku_defaults("BatchNorm")
+        {'epsilon': 1e-05, 'running_var': 'biased'}
+    """
     return _defaults("haiku", layer)
 
 
 def equinox_defaults(layer: str | type) -> dict[str, Any]:
-    """Equinox' defaults as options of a layer, ours or Flax's; see `torch_defaults`."""
+    """Equinox' defaults as options of a layer, ours or Flax's; see `torch_defaults`.
+
+    Example:
+        >>> from jaxnorm.tools import equinox_defaults
+        >>> equinox_defaults("BatchNorm")
+        {'epsilon': 1e-05, 'momentum': 0.99, 'running_var': 'biased'}
+    """
     return _defaults("equinox", layer)
 
 
 def flax_defaults(layer: str | type) -> dict[str, Any]:
-    """Flax' defaults as options of a layer, ours or Flax's; see `torch_defaults`."""
+    """Flax' defaults as options of a layer, ours or Flax's; see `torch_defaults`.
+
+    Example:
+        >>> from jaxnorm.tools import flax_defaults
+        >>> flax_defaults("BatchNorm")
+        {'epsilon': 1e-05, 'momentum': 0.99, 'running_var': 'biased'}
+    """
     return _defaults("flax", layer)
 
 

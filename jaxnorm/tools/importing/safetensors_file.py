@@ -25,6 +25,15 @@ def save_safetensors(state_dict: Mapping[str, np.ndarray], path: str | os.PathLi
 
     Raises:
         ImportError: safetensors is not installed.
+
+    Example:
+        >>> import os, tempfile
+        >>> import numpy as np
+        >>> from jaxnorm.tools import save_safetensors
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+        >>> save_safetensors({"bn1.weight": np.ones(4, np.float32)}, path)
+        >>> os.path.getsize(path) > 16
+        True
     """
     # A transposed array would be written in the order of its memory.
     arrays = {key: np.array(leaf, order="C") for key, leaf in state_dict.items()}
