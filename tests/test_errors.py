@@ -23,6 +23,7 @@ from import_frameworks_mistakes import ROWS as WITH_OTHER_IMPORTS
 from import_mistakes import ROWS as WITH_IMPORTS
 from method_mistakes import MISTAKES_WITH_METHODS
 from mistakes import DOORS, KEY, MISTAKES_AT_DOORS, SHAPE, Call, Row
+from models_mistakes import ROWS as WITH_MODELS
 from population_mistakes import ROWS as WITH_POPULATIONS
 from replace_mistakes import ROWS as WITH_REPLACING
 from replicas_mistakes import ROWS as WITH_REPLICAS
@@ -53,6 +54,7 @@ ROWS = [
     *WITH_TENT,
     *WITH_REPORTS,
     *WITH_REPLACING,
+    *WITH_MODELS,
     *WITH_POPULATIONS,
     *WITH_IMPORTS,
     *WITH_OTHER_IMPORTS,

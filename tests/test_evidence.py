@@ -15,6 +15,7 @@ from jaxnorm.tools.evidence import Collector
 from jaxnorm.tools.models import model_of
 
 FRAMEWORKS = ("linen", "nnx")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def collected(model, run, by_batch=None, arrays=None, running_var=None):

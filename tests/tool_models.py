@@ -12,6 +12,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 FEATURES = (4, 6)
 
+jit_to_run_once = partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+
 
 class Block(nn.Module):
     """Two convolutions with norms, and a shortcut, projected where shapes change."""
@@ -176,23 +184,29 @@ def stirred(path, leaf):
     return jnp.array(values, leaf.dtype)
 
 
+def initial_variables(module, x, **options):
+    """Variables of a Linen module by their paths, as NumPy arrays."""
+    init = jit_to_run_once(partial(module.init, **options))
+    return flatten_dict(jax.device_get(init(jax.random.key(0), x)))
+
+
 def stirred_variables(module, x, **options):
-    """Variables of a Linen module, as after training; no two calls share an array."""
-    flat = _initial_variables(module, x.shape, x.dtype, tuple(options.items()))
+    """Variables of a Linen module, as after training."""
+    return _stirred_variables(initial_variables(module, x, **options))
+
+
+def _stirred_variables(flat):
     return unflatten_dict({path: stirred(path[1:], leaf) for path, leaf in flat.items()})
 
 
 @cache
-def _initial_variables(module, shape, dtype, options):
-    """Made once for all tests of a file, and compiled quickly, as it runs once."""
-    init = jax.jit(
-        partial(module.init, **dict(options)),
-        compiler_options={
-            "xla_backend_optimization_level": 0,
-            "xla_llvm_disable_expensive_passes": True,
-        },
-    )
-    return flatten_dict(jax.device_get(init(jax.random.key(0), jnp.zeros(shape, dtype))))
+def _initial_variables(module, example):
+    return initial_variables(module, example())
+
+
+def stirred_model(module, example):
+    """A Linen module with variables as after training; no two calls share an array."""
+    return module.bind(_stirred_variables(_initial_variables(module, example)))
 
 
 def stir(model):
@@ -200,6 +214,19 @@ def stir(model):
     for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
         variable.set_raw_value(stirred(tuple(map(str, path)), variable.get_raw_value()))
     return model
+
+
+@cache
+def _initial_module(make, options):
+    """The graph and state of a new NNX module."""
+    state = jit_to_run_once(lambda: nnx.state(make(*options, rngs=nnx.Rngs(0))))()
+    return nnx.graphdef(nnx.eval_shape(lambda: make(*options, rngs=nnx.Rngs(0)))), state
+
+
+def stirred_module(make, *options):
+    """An NNX module with variables as after training; no two calls share an array."""
+    graph, state = _initial_module(make, options)
+    return stir(nnx.merge(graph, jax.tree.map(jnp.copy, state)))
 
 
 def image(batch=2):
@@ -214,15 +241,13 @@ def resnet(framework, norm=None):
     """A ResNet with its variables, as the tools take it."""
     if framework == "linen":
         module = ResNet() if norm is None else ResNet(norm)
-        return module.bind(stirred_variables(module, image()))
-    rngs = nnx.Rngs(0)
-    return stir(NNXResNet(rngs=rngs) if norm is None else NNXResNet(norm, rngs=rngs))
+        return stirred_model(module, image)
+    return stirred_module(NNXResNet, *(() if norm is None else (norm,)))
 
 
 def branches(framework, norm=None):
     """A model of branches with its variables, as the tools take it."""
     if framework == "linen":
         module = Branches() if norm is None else Branches(norm)
-        return module.bind(stirred_variables(module, vector()))
-    rngs = nnx.Rngs(0)
-    return stir(NNXBranches(rngs=rngs) if norm is None else NNXBranches(norm, rngs=rngs))
+        return stirred_model(module, vector)
+    return stirred_module(NNXBranches, *(() if norm is None else (norm,)))

@@ -283,13 +283,13 @@ class _Called(NamedTuple):
 
 
 def _lifting(norm: _Called, call: LayerCall) -> tuple[jax.Array, ...]:
-    """The stored statistics, and a number that depends on the input.
+    """The stored statistics, and a value that depends on the input.
 
     All values of a mark have the same leading axes. With these in it, it has an axis for each
     `jax.vmap` over models, over inputs, or both.
     """
     statistics = [call.values[norm.name(role)] for role in norm.roles]
-    return (*statistics, jnp.asarray(call.x).ravel()[:1].sum())
+    return (*statistics, jnp.isnan(call.x).any())
 
 
 class _Stored(NamedTuple):

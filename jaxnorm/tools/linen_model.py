@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import FrozenDict, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -58,11 +59,14 @@ class LinenModel(Model):
 
     def run(self, arrays: Arrays, run: Run, hook: Hook) -> Any:
         """See `Model`."""
+        this_run = object()
 
         def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
             layer = context.module
             watched = isinstance(layer, WATCHED) and not isinstance(layer, WeightShell)
-            if context.method_name != "__call__" or not watched or _is_replaced(layer):
+            # Of a run inside `run`, of another model, Flax tells the outer one too.
+            elsewhere = _RUNNING.run is not this_run
+            if context.method_name != "__call__" or not watched or elsewhere or _is_replaced(layer):
                 return next_fun(*args, **kwargs)
             x, arguments = called(layer, args, kwargs)
             return hook(
@@ -76,12 +80,17 @@ class LinenModel(Model):
                 )
             )
 
-        with nn.intercept_methods(intercept):
-            # Some layers write although nobody keeps it: a scan with a fixed set of collections.
-            out, _ = nn.apply(run, self._module, mutable=True)(
-                self._variables(arrays), rngs=self._rngs
-            )
-        return out
+        before, _RUNNING.run = getattr(_RUNNING, "run", None), this_run
+        try:
+            with nn.intercept_methods(intercept):
+                # Some layers write although nobody keeps it: a scan with a fixed set of
+                # collections.
+                out, _ = nn.apply(run, self._module, mutable=True)(
+                    self._variables(arrays), rngs=self._rngs
+                )
+            return out
+        finally:
+            _RUNNING.run = before
 
     def rebuilt(self, arrays: Arrays, layers: Mapping[Path, Any] | None = None) -> nn.Module:
         """See `Model`."""
@@ -90,7 +99,8 @@ class LinenModel(Model):
             for path, layer in (layers or {}).items()
         }
         module = _rewired(self._module, makers) if makers else self._module
-        return module.bind(self._variables(fresh(arrays)), rngs=self._rngs)
+        rngs = {name: jnp.copy(key) for name, key in self._rngs.items()}
+        return module.bind(self._variables(fresh(arrays)), rngs=rngs)
 
 
 def _key(rng: Any) -> jax.Array:
@@ -201,7 +211,8 @@ class Rewired(nn.Module):
 
 
 _RUNNING = threading.local()
-"""The rewired modules that are called, as functions that say what replaces a layer."""
+"""Which run is in progress, and the rewired modules that are called, as functions that say what
+replaces a layer."""
 
 
 def _is_replaced(layer: nn.Module) -> bool:

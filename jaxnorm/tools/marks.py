@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 Label = tuple[Any, ...]
 
@@ -26,8 +26,8 @@ class Marked:
 
     Attributes:
         label: what the mark was called; hashable.
-        values: the values, with one leading axis for each `jax.vmap` and each `jax.lax.scan` that
-            the place lies in, the outermost first.
+        values: the values, with one leading axis for each `jax.lax.scan` that the place lies in,
+            the outermost first, and then one for each `jax.vmap` that any of them depends on.
         lifted: how many leading axes there are.
     """
 
@@ -65,7 +65,13 @@ def _batched(values: Any, axes: Any, *, label: Label, lifted: int) -> Any:
     return marked, [0] * len(marked)
 
 
+def _differentiated(values: Any, tangents: Any, **params: Any) -> Any:
+    """Where a model differentiates, the values are marked, and the derivatives are not."""
+    return mark_p.bind(*values, **params), list(tangents)
+
+
 batching.primitive_batchers[mark_p] = _batched
+ad.primitive_jvps[mark_p] = _differentiated
 mlir.register_lowering(mark_p, lambda _, *values, **__: values)
 
 
@@ -75,7 +81,8 @@ def harvest(
     """`fun` with all that was marked while it ran, in the order of its program.
 
     A place inside a branch of `jax.lax.cond` that was not taken gives zeros, or with `every_branch`
-    the values that it would have.
+    the values that it would have. What is marked inside a function with a derivative of its own
+    (`jax.custom_jvp`, `jax.custom_vjp`) is read, but the result has the derivative of its body.
 
     Raises:
         ValueError: something was marked inside a `jax.lax.while_loop` or another program of which

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnorm.tools.marks import harvest, mark
 
@@ -171,4 +172,6 @@ def fresh(arrays: Arrays) -> Arrays:
 
 
 def _copy(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return leaf.copy()
     return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf

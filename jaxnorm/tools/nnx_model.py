@@ -2,10 +2,12 @@
 
 import functools
 import itertools
+import operator
 import threading
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 
 from jaxnorm.nnx.shell import VARIABLE_TYPES, Shell
@@ -111,17 +113,21 @@ class NNXModel(Model):
 
 def _exchange(node: Any, new: Mapping[int, Any]) -> None:
     """Puts the new in the place of the children of a node that have these identities."""
+    put: Any
     if isinstance(node, list | dict | nnx.List | nnx.Dict):
         items = node.items() if isinstance(node, dict | nnx.Dict) else enumerate(node)
-        for key, child in list(items):
-            if id(child) in new:
-                node[key] = new[id(child)]
+        put = operator.setitem
     elif isinstance(node, nnx.Pytree):
-        for name, child in list(vars(node).items()):
-            if id(child) in new:
-                setattr(node, name, new[id(child)])
-            elif isinstance(child, tuple) and any(id(item) in new for item in child):
-                setattr(node, name, nnx.data(tuple(new.get(id(item), item) for item in child)))
+        items, put = vars(node).items(), setattr
+    else:
+        return
+    for key, child in list(items):
+        # Tuples are no nodes that could be changed: theirs are exchanged with them.
+        parts, form = jax.tree.flatten(child, is_leaf=lambda part: not isinstance(part, tuple))
+        if any(id(part) in new for part in parts):
+            child = form.unflatten([new.get(id(part), part) for part in parts])
+            # Without saying so, a tuple among the attributes of a module would be an option.
+            put(node, key, nnx.data(child) if put is setattr else child)
 
 
 _WATCHED_AS = "watched_as"

@@ -13,10 +13,11 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jax.core import Tracer
 
 from jaxnorm.methods.accumulation import PREFIX
-from jaxnorm.tools.evidence import Blend, Collector, Norm
+from jaxnorm.tools.evidence import Blend, Collector, Estimate, Norm
 from jaxnorm.tools.models import Arrays, Model, Path, fresh, model_of
 from jaxnorm.tools.norms import Only, chosen
 
@@ -25,6 +26,11 @@ Call = Callable[[Any, Any], Any]
 Order = Literal["together", "layer by layer"]
 RunningVar = Literal["biased", "unbiased"] | None
 Part = TypeVar("Part")
+
+
+ROUNDING, GROWN_ROUNDING = 100.0, 10_000.0
+"""Within how many units of rounding statistics count as settled: at once, and in a deep network, in
+which the rounding of the first layers grows through the others."""
 
 
 class Study:
@@ -88,7 +94,7 @@ class Study:
         return functools.partial(jax.jit(called), fresh(self._model.arrays))
 
     def _once(self) -> Arrays:
-        arrays, _ = self._passed(self._model.arrays, 1)
+        arrays, _ = self._passed(self._model.arrays, 1, ROUNDING)
         self._check_finite(arrays)
         return arrays
 
@@ -111,7 +117,9 @@ class Study:
             f"sees what depends on its own output. Use order='together'."
         )
 
-    def _passed(self, arrays: Arrays, number: int) -> tuple[Arrays, list[Path]]:
+    def _passed(
+        self, arrays: Arrays, number: int, tolerance: float
+    ) -> tuple[Arrays, list[Path]]:
         """The arrays after a pass over all batches, and the norms whose statistics it moved."""
         if number > 1:
             self._first, self._rest = self._opened(number)
@@ -128,7 +136,7 @@ class Study:
                 f"batches that do, or leave these norms as they are: only=lambda path: path not in "
                 f"{_strings(nothing)}."
             )
-        new, settled = self._finish(arrays, seen)
+        new, settled = self._finish(arrays, seen, tolerance)
         return new, [path for path in self._norms if not settled[path]]
 
     def _seen(self, arrays: Arrays, batch: Any) -> tuple[dict[Path, Any], Any]:
@@ -151,7 +159,9 @@ class Study:
     def _together(self, early: Any, late: Any) -> tuple[dict[Path, Any], Any]:
         return self._collector.merged(early[0], late[0]), early[1] + late[1]
 
-    def _finished(self, before: Arrays, seen: Any) -> tuple[Arrays, dict[Path, jax.Array]]:
+    def _finished(
+        self, before: Arrays, seen: Any, tolerance: ArrayLike
+    ) -> tuple[Arrays, dict[Path, jax.Array]]:
         """The arrays with what was seen in them, and where that is what was there before."""
         evidence, examples = seen
         source = self._collector.stored(self._model.arrays)
@@ -160,7 +170,7 @@ class Study:
             blend = self._blend(examples)
             estimates = {path: blend(source[path], new) for path, new in estimates.items()}
         old = self._collector.stored(before)
-        settled = {path: _alike(old[path], new) for path, new in estimates.items()}
+        settled = {path: _alike(old[path], new, tolerance) for path, new in estimates.items()}
         return self._collector.written(before, estimates), settled
 
     def _opened(self, number: int) -> tuple[Any, Iterator[Any]]:
@@ -214,17 +224,18 @@ def pairwise(parts: Iterable[Part], merge: Callable[[Part, Part], Part]) -> Part
     return functools.reduce(lambda late, early: merge(early, late), reversed(waiting))
 
 
-def _alike(old: Any, new: Any) -> jax.Array:
-    """Whether two estimates are the same but for rounding."""
+def _alike(old: Estimate, new: Estimate, tolerance: ArrayLike) -> jax.Array:
+    """Whether two estimates are the same, within so many roundings of standard deviations."""
     joint = hasattr(new, "cov")
     spread = getattr(new, "cov" if joint else "var")
     before = getattr(old, "cov" if joint else "var")
     var = jnp.diagonal(spread, axis1=-2, axis2=-1) if joint else spread
     epsilon = jnp.finfo(var.dtype).eps
+    allowed = jnp.asarray(tolerance, var.dtype) * epsilon
     mean_moved = jnp.abs(new.mean - old.mean)
-    settled = mean_moved <= epsilon * (100 * jnp.sqrt(var) + 4 * jnp.abs(new.mean))
+    settled = mean_moved <= allowed * jnp.sqrt(var) + 4 * epsilon * jnp.abs(new.mean)
     scale = jnp.max(var, -1)[..., None, None] if joint else var
-    return settled.all() & (jnp.abs(spread - before) <= 100 * epsilon * scale).all()
+    return settled.all() & (jnp.abs(spread - before) <= allowed * scale).all()
 
 
 def _pending(norm: Norm, arrays: Arrays) -> list[Path]:

@@ -1,0 +1,37 @@
+"""What is given to a tool as a model, and is none. Part of the table of `test_errors.py`."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from mistakes import KEY, Row
+
+from jaxnorm.tools.models import model_of
+
+X = jnp.ones((4, 3))
+MODULE = nn.BatchNorm(use_running_average=True)
+
+ROWS = [
+    *(
+        Row(
+            f"a model that is {kind}",
+            lambda make=make: model_of(make(), "fold"),
+            TypeError,
+            rf"^fold: found {found}, but needs a model with its variables.*nnx\.Module.*"
+            r"fold\(model\.bind\(variables\), \.\.\.\)",
+        )
+        for kind, found, make in (
+            ("variables alone", "dict", lambda: MODULE.init(KEY, X)),
+            ("nothing", "NoneType", lambda: None),
+            ("a function", "function", lambda: lambda x: x),
+            ("a state", "State", lambda: nnx.state(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))),
+            ("a class", "ABCMeta|ModuleMeta|PytreeMeta|type", lambda: nnx.BatchNorm),
+        )
+    ),
+    Row(
+        "a Linen module without variables",
+        lambda: model_of(MODULE, "fold"),
+        ValueError,
+        r"^fold: the Linen module BatchNorm has no variables here.*"
+        r"fold\(batchnorm\.bind\(variables\), \.\.\.\)",
+    ),
+]
