@@ -3,7 +3,7 @@
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from jaxnorm.tools.models import model_of
+from jaxnorm.tools.adapter.models import model_of
 
 EPSILON = 1e-5
 

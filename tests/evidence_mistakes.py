@@ -6,9 +6,9 @@ from flax import linen as nn
 from mistakes import Row
 from tool_models import vector
 
-from jaxnorm.tools.evidence import Collector
-from jaxnorm.tools.marks import harvest, mark
-from jaxnorm.tools.models import model_of
+from jaxnorm.tools.adapter.evidence import Collector
+from jaxnorm.tools.adapter.marks import harvest, mark
+from jaxnorm.tools.adapter.models import model_of
 
 X = vector()
 

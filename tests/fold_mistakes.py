@@ -7,8 +7,8 @@ from flax import nnx
 from mistakes import Row
 
 import jaxnorm
-from jaxnorm.tools.fold import fold
-from jaxnorm.tools.folding import fold_pair
+from jaxnorm.tools.folding.fold import fold
+from jaxnorm.tools.folding.fold_pair import fold_pair
 
 X = jnp.ones((2, 3))
 KERNEL = jnp.ones((3, 4))

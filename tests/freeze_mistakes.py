@@ -5,7 +5,7 @@ from flax import nnx
 from mistakes import KEY, Row
 from tool_models import Branches, vector
 
-from jaxnorm.tools.freeze import decay_mask, freeze, norm_labels, norm_mask
+from jaxnorm.tools.replacing.freeze import decay_mask, freeze, norm_labels, norm_mask
 
 
 def normed():

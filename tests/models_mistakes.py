@@ -5,7 +5,7 @@ from flax import linen as nn
 from flax import nnx
 from mistakes import KEY, Row
 
-from jaxnorm.tools.models import model_of
+from jaxnorm.tools.adapter.models import model_of
 
 X = jnp.ones((4, 3))
 MODULE = nn.BatchNorm(use_running_average=True)

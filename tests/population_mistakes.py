@@ -7,8 +7,8 @@ from flax import nnx
 from mistakes import Row
 
 import jaxnorm
-from jaxnorm.tools.adapt import adapt_stats
-from jaxnorm.tools.population import population_stats
+from jaxnorm.tools.statistics.adapt import adapt_stats
+from jaxnorm.tools.statistics.population import population_stats
 
 NORM = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
 X = np.array([[1.0, 2.0], [3.0, 5.0]], np.float32)

@@ -5,9 +5,9 @@ from flax import linen as nn
 from flax import nnx
 from mistakes import KEY, Row
 
-from jaxnorm.tools.frozen import frozen_layer
-from jaxnorm.tools.replace import replace
-from jaxnorm.tools.replacements import ghost, to
+from jaxnorm.tools.replacing.frozen import frozen_layer
+from jaxnorm.tools.replacing.replace import replace
+from jaxnorm.tools.replacing.replacements import ghost, to
 
 X = jnp.zeros((4, 6))
 

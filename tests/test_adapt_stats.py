@@ -13,8 +13,8 @@ from test_population import FRAMEWORKS, arrays_of, chain, changed, stored, vecto
 from tool_models import branches, image, resnet
 
 import jaxnorm
-from jaxnorm.tools.adapt import adapt_stats, batch_adapter
-from jaxnorm.tools.population import population_stats
+from jaxnorm.tools.statistics.adapt import adapt_stats, batch_adapter
+from jaxnorm.tools.statistics.population import population_stats
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -14,9 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jaxnorm
 from jaxnorm import linen as jnn
-from jaxnorm.tools.dataflow import dataflow
-from jaxnorm.tools.models import model_of
-from jaxnorm.tools.pairing import Pairing
+from jaxnorm.tools.adapter.models import model_of
+from jaxnorm.tools.folding.dataflow import dataflow
+from jaxnorm.tools.folding.pairing import Pairing
 
 VECTOR, IMAGE = jnp.ones((2, 3)), jnp.ones((2, 4, 4, 3))
 

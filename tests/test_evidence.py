@@ -11,8 +11,8 @@ from flax import nnx
 from tool_models import branches, image, resnet, stir, stirred_variables, vector
 
 import jaxnorm
-from jaxnorm.tools.evidence import Collector
-from jaxnorm.tools.models import model_of
+from jaxnorm.tools.adapter.evidence import Collector
+from jaxnorm.tools.adapter.models import model_of
 
 FRAMEWORKS = ("linen", "nnx")
 pytestmark = pytest.mark.usefixtures("quick_compile")

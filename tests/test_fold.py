@@ -21,7 +21,7 @@ from tool_models import (
 )
 
 import jaxnorm
-from jaxnorm.tools.fold import Folded, fold
+from jaxnorm.tools.folding.fold import Folded, fold
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 FRAMEWORKS = ("linen", "nnx")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxnorm
-from jaxnorm.tools.folding import fold_pair
+from jaxnorm.tools.folding.fold_pair import fold_pair
 
 EPSILON = 1e-3
 

@@ -12,8 +12,8 @@ from flax import nnx
 from tool_models import branches, image, resnet, vector
 
 import jaxnorm
-from jaxnorm.tools.freeze import decay_mask, freeze, norm_labels, norm_mask
-from jaxnorm.tools.models import model_of
+from jaxnorm.tools.adapter.models import model_of
+from jaxnorm.tools.replacing.freeze import decay_mask, freeze, norm_labels, norm_mask
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -10,7 +10,7 @@ from flax import nnx
 import jaxnorm
 from jaxnorm.methods import METHODS
 from jaxnorm.methods.spec import Spec
-from jaxnorm.tools.kinds import calls_as_its_kind, keeps_statistics, method_of, spec_of
+from jaxnorm.tools.adapter.kinds import calls_as_its_kind, keeps_statistics, method_of, spec_of
 
 FRAMEWORKS = ("linen", "nnx")
 

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxnorm.tools.marks import harvest, mark
+from jaxnorm.tools.adapter.marks import harvest, mark
 
 X = np.arange(1.0, 7.0, dtype=np.float32).reshape(3, 2)
 ZEROS = np.zeros(2, np.float32)

@@ -10,9 +10,9 @@ from flax import nnx
 from tool_models import branches, resnet
 
 import jaxnorm
-from jaxnorm.tools.models import model_of
-from jaxnorm.tools.passes import pairwise
-from jaxnorm.tools.population import population_stats
+from jaxnorm.tools.adapter.models import model_of
+from jaxnorm.tools.statistics.passes import pairwise
+from jaxnorm.tools.statistics.population import population_stats
 
 FRAMEWORKS = ("linen", "nnx")
 ORDERS = ("together", "layer by layer")

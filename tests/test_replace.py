@@ -22,10 +22,10 @@ from replaced_models import (
 from tool_models import branches, image, resnet, vector
 
 import jaxnorm
-from jaxnorm.tools.frozen import frozen_layer
-from jaxnorm.tools.models import model_of
-from jaxnorm.tools.replace import replace
-from jaxnorm.tools.replacements import frozen, ghost, synchronized, to, unsynchronized
+from jaxnorm.tools.adapter.models import model_of
+from jaxnorm.tools.replacing.frozen import frozen_layer
+from jaxnorm.tools.replacing.replace import replace
+from jaxnorm.tools.replacing.replacements import frozen, ghost, synchronized, to, unsynchronized
 
 FRAMEWORKS = pytest.mark.parametrize("framework", ["linen", "nnx"])
 INPUTS = {resnet: image(), branches: vector()}

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from tool_models import branches, image, resnet, vector
 
 import jaxnorm
-from jaxnorm.tools.models import model_of
+from jaxnorm.tools.adapter.models import model_of
 from jaxnorm.tools.tent import _mean_entropy, entropy, tent
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

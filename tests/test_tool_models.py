@@ -12,8 +12,8 @@ from flax import nnx
 from tool_models import branches, image, jit_to_run_once, resnet, stir, stirred_variables, vector
 
 import jaxnorm
-from jaxnorm.tools.kinds import method_of
-from jaxnorm.tools.models import model_of
+from jaxnorm.tools.adapter.kinds import method_of
+from jaxnorm.tools.adapter.models import model_of
 
 FRAMEWORKS = ("linen", "nnx")
 X = vector()

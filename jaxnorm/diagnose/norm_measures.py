@@ -19,9 +19,9 @@ from jaxnorm.core import precision
 from jaxnorm.core.moments import moments
 from jaxnorm.methods import InstanceNorm
 from jaxnorm.methods.spec import Spec
-from jaxnorm.tools.kinds import keeps_statistics, spec_of
-from jaxnorm.tools.marks import harvest, mark
-from jaxnorm.tools.models import Arrays, LayerCall, Model, Path, Run
+from jaxnorm.tools.adapter.kinds import keeps_statistics, spec_of
+from jaxnorm.tools.adapter.marks import harvest, mark
+from jaxnorm.tools.adapter.models import Arrays, LayerCall, Model, Path, Run
 
 FLAT_RANGE = 3.0
 """Beyond it tanh has less than a hundredth of its slope, and sigmoid less than a twentieth."""

@@ -14,8 +14,8 @@ from jaxnorm.diagnose.singular_values import Map, singular_range
 from jaxnorm.methods import SwitchableNorm
 from jaxnorm.methods.batch_norm import BatchNorm
 from jaxnorm.methods.running_covariance import RunningCovariance
-from jaxnorm.tools.kinds import keeps_statistics
-from jaxnorm.tools.models import Model
+from jaxnorm.tools.adapter.kinds import keeps_statistics
+from jaxnorm.tools.adapter.models import Model
 
 SMALL = 1e-3
 """A scale is taken for 0 if it is so small a part of the largest of its norm."""

@@ -14,7 +14,7 @@ import numpy as np
 from jaxnorm.diagnose.norm_measures import Place, measured_places, with_arrays
 from jaxnorm.diagnose.norm_rows import NormRow, first_nonfinite, norm_rows
 from jaxnorm.diagnose.norm_table import as_text, renderable
-from jaxnorm.tools.models import Arrays, model_of
+from jaxnorm.tools.adapter.models import Arrays, model_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

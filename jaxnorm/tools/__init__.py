@@ -16,16 +16,9 @@ model.unbind()`), which shares no array with the first.
 - Models trained apart: `merge_replicas`.
 """
 
-from jaxnorm.tools.adapt import adapt_stats as adapt_stats
-from jaxnorm.tools.adapt import batch_adapter as batch_adapter
-from jaxnorm.tools.fold import Folded as Folded
-from jaxnorm.tools.fold import fold as fold
-from jaxnorm.tools.folding import fold_pair as fold_pair
-from jaxnorm.tools.freeze import FrozenModel as FrozenModel
-from jaxnorm.tools.freeze import decay_mask as decay_mask
-from jaxnorm.tools.freeze import freeze as freeze
-from jaxnorm.tools.freeze import norm_labels as norm_labels
-from jaxnorm.tools.freeze import norm_mask as norm_mask
+from jaxnorm.tools.folding.fold import Folded as Folded
+from jaxnorm.tools.folding.fold import fold as fold
+from jaxnorm.tools.folding.fold_pair import fold_pair as fold_pair
 from jaxnorm.tools.importing.equinox import equinox_arrays as equinox_arrays
 from jaxnorm.tools.importing.equinox import import_equinox as import_equinox
 from jaxnorm.tools.importing.flax import import_flax as import_flax
@@ -41,15 +34,22 @@ from jaxnorm.tools.importing.presets import torch_defaults as torch_defaults
 from jaxnorm.tools.importing.safetensors_file import save_safetensors as save_safetensors
 from jaxnorm.tools.importing.torch import export_torch as export_torch
 from jaxnorm.tools.importing.torch import import_torch as import_torch
-from jaxnorm.tools.population import population_stats as population_stats
-from jaxnorm.tools.replace import Replaced as Replaced
-from jaxnorm.tools.replace import replace as replace
-from jaxnorm.tools.replacements import frozen as frozen
-from jaxnorm.tools.replacements import ghost as ghost
-from jaxnorm.tools.replacements import synchronized as synchronized
-from jaxnorm.tools.replacements import to as to
-from jaxnorm.tools.replacements import unsynchronized as unsynchronized
-from jaxnorm.tools.replicas import merge_replicas as merge_replicas
+from jaxnorm.tools.replacing.freeze import FrozenModel as FrozenModel
+from jaxnorm.tools.replacing.freeze import decay_mask as decay_mask
+from jaxnorm.tools.replacing.freeze import freeze as freeze
+from jaxnorm.tools.replacing.freeze import norm_labels as norm_labels
+from jaxnorm.tools.replacing.freeze import norm_mask as norm_mask
+from jaxnorm.tools.replacing.replace import Replaced as Replaced
+from jaxnorm.tools.replacing.replace import replace as replace
+from jaxnorm.tools.replacing.replacements import frozen as frozen
+from jaxnorm.tools.replacing.replacements import ghost as ghost
+from jaxnorm.tools.replacing.replacements import synchronized as synchronized
+from jaxnorm.tools.replacing.replacements import to as to
+from jaxnorm.tools.replacing.replacements import unsynchronized as unsynchronized
+from jaxnorm.tools.statistics.adapt import adapt_stats as adapt_stats
+from jaxnorm.tools.statistics.adapt import batch_adapter as batch_adapter
+from jaxnorm.tools.statistics.population import population_stats as population_stats
+from jaxnorm.tools.statistics.replicas import merge_replicas as merge_replicas
 from jaxnorm.tools.tent import Tent as Tent
 from jaxnorm.tools.tent import TentState as TentState
 from jaxnorm.tools.tent import tent as tent

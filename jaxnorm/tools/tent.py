@@ -23,9 +23,9 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core import checks, precision
 from jaxnorm.core.axes import sizes
-from jaxnorm.tools.kinds import calls_as_its_kind, keeps_statistics, spec_of
-from jaxnorm.tools.models import Arrays, Hook, LayerCall, Model, Path, fresh, model_of
-from jaxnorm.tools.norms import Only, chosen, is_norm
+from jaxnorm.tools.adapter.kinds import calls_as_its_kind, keeps_statistics, spec_of
+from jaxnorm.tools.adapter.models import Arrays, Hook, LayerCall, Model, Path, fresh, model_of
+from jaxnorm.tools.adapter.norms import Only, chosen, is_norm
 
 
 class TentState(NamedTuple):

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxnorm.tools.adapter.models import Run, model_of
 from jaxnorm.tools.importing.names import Names, Stack, check_paths, names_of
 from jaxnorm.tools.importing.targets import TargetLayer, target_layers
-from jaxnorm.tools.models import Run, model_of
 
 Written = Mapping[str, np.ndarray]
 

@@ -11,13 +11,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from flax import linen, nnx
 
+from jaxnorm.tools.adapter.kinds import method_of
+from jaxnorm.tools.adapter.models import Model, Path, Run, model_of
 from jaxnorm.tools.importing.arrays import flat_arrays, reshaped
 from jaxnorm.tools.importing.names import Names, check_paths
 from jaxnorm.tools.importing.options import SourceOptions
 from jaxnorm.tools.importing.plan import Imported, Source, SourceLayer, import_layers
 from jaxnorm.tools.importing.targets import TargetLayer, beside_layers, target_layers
-from jaxnorm.tools.kinds import method_of
-from jaxnorm.tools.models import Model, Path, Run, model_of
 
 COLLECTIONS = ("params", "batch_stats")
 OPTIONS = ("epsilon", "momentum", "running_var", "debias", "zero_centered_scale")

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxnorm.methods import METHODS
+from jaxnorm.tools.adapter.kinds import keeps_statistics, spec_of
 from jaxnorm.tools.importing.presets import HIDDEN, PRESETS
 from jaxnorm.tools.importing.targets import TargetLayer
-from jaxnorm.tools.kinds import keeps_statistics, spec_of
 
 SourceOptions = Mapping[str, Mapping[str, Any]]
 """Options of layers of the source, by kind or by path of the model's layer."""

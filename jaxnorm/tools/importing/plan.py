@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm.tools.adapter.models import Arrays, Run, model_of
 from jaxnorm.tools.importing.names import Names, Stack, check_paths, names_of
 from jaxnorm.tools.importing.options import SourceOptions, check_told, differing_options
 from jaxnorm.tools.importing.report import ImportReport
 from jaxnorm.tools.importing.targets import VARIABLE, TargetLayer, target_layers
-from jaxnorm.tools.models import Arrays, Run, model_of
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 

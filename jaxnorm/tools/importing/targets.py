@@ -8,8 +8,8 @@ from typing import Any
 from flax import linen, nnx
 
 from jaxnorm.methods.weight_spec import WeightSpec
-from jaxnorm.tools.kinds import method_of
-from jaxnorm.tools.models import Model, Path, Run
+from jaxnorm.tools.adapter.kinds import method_of
+from jaxnorm.tools.adapter.models import Model, Path, Run
 
 LINEAR_KINDS = {
     linen.Conv: "Conv",

@@ -12,11 +12,11 @@ from typing import Any
 from jaxnorm.core.axes import sizes
 from jaxnorm.methods import AdaBN, BatchNorm, BatchRenorm, IBNa, InstanceNorm, SwitchableNorm
 from jaxnorm.methods.running_covariance import RunningCovariance
-from jaxnorm.tools.dataflow import Dataflow, Place, Step
-from jaxnorm.tools.kinds import keeps_statistics, spec_of
-from jaxnorm.tools.linear_layers import LINEAR, kept_axes
-from jaxnorm.tools.models import LayerCall, Model, Path
-from jaxnorm.tools.norms import NORMS
+from jaxnorm.tools.adapter.kinds import keeps_statistics, spec_of
+from jaxnorm.tools.adapter.models import LayerCall, Model, Path
+from jaxnorm.tools.adapter.norms import NORMS
+from jaxnorm.tools.folding.dataflow import Dataflow, Place, Step
+from jaxnorm.tools.folding.linear_layers import LINEAR, kept_axes
 
 FIXED_BY_FEATURE = (BatchNorm, BatchRenorm, AdaBN, InstanceNorm)
 """The methods that, if they keep statistics, scale and shift each feature by stored numbers."""

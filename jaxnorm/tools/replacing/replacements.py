@@ -22,8 +22,8 @@ import jaxnorm.nnx
 from jaxnorm.core.devices import AxisName
 from jaxnorm.methods import METHODS, GroupNorm, IBNb, InstanceNorm, LayerNorm, RMSNorm
 from jaxnorm.methods.spec import Spec
-from jaxnorm.tools.frozen import Freeze, Frozen
-from jaxnorm.tools.kinds import keeps_statistics, spec_of
+from jaxnorm.tools.adapter.kinds import keeps_statistics, spec_of
+from jaxnorm.tools.replacing.frozen import Freeze, Frozen
 
 SPECS = {method.name: method.spec for method in METHODS if issubclass(method.spec, Spec)}
 PER_EXAMPLE = (LayerNorm, RMSNorm, GroupNorm, InstanceNorm, IBNb)

@@ -23,9 +23,9 @@ from jaxnorm.core.moments import Moments, Stats
 from jaxnorm.methods import AdaBN, InstanceNorm
 from jaxnorm.methods.accumulation import PREFIX
 from jaxnorm.methods.running_covariance import RunningCovariance
-from jaxnorm.tools.kinds import calls_as_its_kind, keeps_statistics, spec_of
-from jaxnorm.tools.marks import Marked, harvest, mark
-from jaxnorm.tools.models import Arrays, LayerCall, Model, Path, Run
+from jaxnorm.tools.adapter.kinds import calls_as_its_kind, keeps_statistics, spec_of
+from jaxnorm.tools.adapter.marks import Marked, harvest, mark
+from jaxnorm.tools.adapter.models import Arrays, LayerCall, Model, Path, Run
 
 Evidence = Moments | Comoments
 Estimate = Stats | JointStats

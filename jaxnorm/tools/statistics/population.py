@@ -13,8 +13,8 @@ belong to the result. Not where training normalizes by running statistics itself
 
 from typing import Any
 
-from jaxnorm.tools.norms import Only
-from jaxnorm.tools.passes import Batches, Call, Order, RunningVar, Study
+from jaxnorm.tools.adapter.norms import Only
+from jaxnorm.tools.statistics.passes import Batches, Call, Order, RunningVar, Study
 
 
 def population_stats(

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxnorm.methods import BatchNorm
-from jaxnorm.tools.fitting import initial, kept_of, misfit, slots_of
-from jaxnorm.tools.kinds import method_of, spec_of
-from jaxnorm.tools.models import Arrays, Model, Path, fresh, model_of
-from jaxnorm.tools.norms import Only, chosen, norms_of
-from jaxnorm.tools.replacements import By, To
+from jaxnorm.tools.adapter.kinds import method_of, spec_of
+from jaxnorm.tools.adapter.models import Arrays, Model, Path, fresh, model_of
+from jaxnorm.tools.adapter.norms import Only, chosen, norms_of
+from jaxnorm.tools.replacing.fitting import initial, kept_of, misfit, slots_of
+from jaxnorm.tools.replacing.replacements import By, To
 
 
 @dataclasses.dataclass(frozen=True)

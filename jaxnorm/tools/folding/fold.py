@@ -1,7 +1,7 @@
 """Folding the batch norms of a whole model into its convolutions and dense layers.
 
 For inference: in it batch norm is a fixed scale and shift of each feature, which the layer before
-it can do itself, see `folding.py`. The pairs are found in a trace of the model, by following the
+it can do itself, see `fold_pair.py`. The pairs are found in a trace of the model, by following the
 data (`dataflow.py`, `pairing.py`), never by names.
 """
 
@@ -17,13 +17,13 @@ from jax.core import Tracer
 
 from jaxnorm.core import precision
 from jaxnorm.core.moments import Stats
-from jaxnorm.tools.dataflow import dataflow
-from jaxnorm.tools.folding import fold_pair
-from jaxnorm.tools.kinds import spec_of
-from jaxnorm.tools.linear_layers import skipped, with_bias
-from jaxnorm.tools.models import Arrays, Model, Path, Run, model_of
-from jaxnorm.tools.norms import NORMS, Only, chosen
-from jaxnorm.tools.pairing import Pair, Pairing
+from jaxnorm.tools.adapter.kinds import spec_of
+from jaxnorm.tools.adapter.models import Arrays, Model, Path, Run, model_of
+from jaxnorm.tools.adapter.norms import NORMS, Only, chosen
+from jaxnorm.tools.folding.dataflow import dataflow
+from jaxnorm.tools.folding.fold_pair import fold_pair
+from jaxnorm.tools.folding.linear_layers import skipped, with_bias
+from jaxnorm.tools.folding.pairing import Pair, Pairing
 
 
 class Difference(NamedTuple):

@@ -14,10 +14,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxnorm.tools.frozen import frozen_layer
-from jaxnorm.tools.kinds import keeps_statistics, spec_of
-from jaxnorm.tools.models import Model, Path, model_of
-from jaxnorm.tools.norms import Only, chosen, norms_of
+from jaxnorm.tools.adapter.kinds import keeps_statistics, spec_of
+from jaxnorm.tools.adapter.models import Model, Path, model_of
+from jaxnorm.tools.adapter.norms import Only, chosen, norms_of
+from jaxnorm.tools.replacing.frozen import frozen_layer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from jaxnorm.methods.accumulation import PREFIX
-from jaxnorm.tools.evidence import Blend, Collector, Estimate, Norm
-from jaxnorm.tools.models import Arrays, Model, Path, fresh, model_of
-from jaxnorm.tools.norms import Only, chosen
+from jaxnorm.tools.adapter.evidence import Blend, Collector, Estimate, Norm
+from jaxnorm.tools.adapter.models import Arrays, Model, Path, fresh, model_of
+from jaxnorm.tools.adapter.norms import Only, chosen
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 Call = Callable[[Any, Any], Any]
@@ -117,9 +117,7 @@ class Study:
             f"sees what depends on its own output. Use order='together'."
         )
 
-    def _passed(
-        self, arrays: Arrays, number: int, tolerance: float
-    ) -> tuple[Arrays, list[Path]]:
+    def _passed(self, arrays: Arrays, number: int, tolerance: float) -> tuple[Arrays, list[Path]]:
         """The arrays after a pass over all batches, and the norms whose statistics it moved."""
         if number > 1:
             self._first, self._rest = self._opened(number)

@@ -11,9 +11,9 @@ from jaxnorm.core.axes import sizes
 from jaxnorm.methods import AdaBN, IBNb, InstanceNorm
 from jaxnorm.methods.running_stats import RunningStats
 from jaxnorm.methods.spec import Slot
-from jaxnorm.tools.kinds import calls_as_its_kind
-from jaxnorm.tools.models import Arrays, LayerCall, Model, Path
-from jaxnorm.tools.replacements import To
+from jaxnorm.tools.adapter.kinds import calls_as_its_kind
+from jaxnorm.tools.adapter.models import Arrays, LayerCall, Model, Path
+from jaxnorm.tools.replacing.replacements import To
 
 STATISTICS = ("mean", "var")
 

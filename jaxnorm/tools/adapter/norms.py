@@ -6,9 +6,9 @@ from typing import Any
 
 from flax import linen
 
-from jaxnorm.tools import linen_model, nnx_model
-from jaxnorm.tools.kinds import method_of
-from jaxnorm.tools.models import Model, Path
+from jaxnorm.tools.adapter import linen_model, nnx_model
+from jaxnorm.tools.adapter.kinds import method_of
+from jaxnorm.tools.adapter.models import Model, Path
 
 Only = str | Callable[[str], bool] | None
 """Which norms: a pattern of paths, `"block1/*"`, a function of the path, or None for all."""

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import linen, nnx
 
-from jaxnorm.tools.models import LayerCall
+from jaxnorm.tools.adapter.models import LayerCall
 
 CONVOLUTIONS = (linen.Conv, linen.ConvLocal, linen.ConvTranspose, nnx.Conv, nnx.ConvTranspose)
 DENSE = (linen.Dense, nnx.Linear)

@@ -16,8 +16,8 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
-from jaxnorm.tools.kinds import keeps_statistics, method_of, spec_of
-from jaxnorm.tools.models import called
+from jaxnorm.tools.adapter.kinds import keeps_statistics, method_of, spec_of
+from jaxnorm.tools.adapter.models import called
 
 AFFINE = ("scale", "bias")
 MODE = ("use_running_average", "update_stats")

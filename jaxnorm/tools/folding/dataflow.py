@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from jaxnorm.core import precision
-from jaxnorm.tools.marks import (
+from jaxnorm.tools.adapter.marks import (
     RUN_ONCE,
     WITH_RULES,
     has_marks,
@@ -25,7 +25,7 @@ from jaxnorm.tools.marks import (
     opened,
     scan_inputs,
 )
-from jaxnorm.tools.models import LayerCall, Model, Path, Run
+from jaxnorm.tools.adapter.models import LayerCall, Model, Path, Run
 
 BEGINS, ENDS = "begins", "ends"
 RETURNED = "the model's output"

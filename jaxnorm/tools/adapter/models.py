@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.tools.marks import harvest, mark
+from jaxnorm.tools.adapter.marks import harvest, mark
 
 Path = tuple[str, ...]
 Arrays = dict[Path, Any]
@@ -139,8 +139,8 @@ def model_of(model: Any, who: str) -> Model:
     """
     from flax import linen, nnx
 
-    from jaxnorm.tools.linen_model import LinenModel
-    from jaxnorm.tools.nnx_model import NNXModel
+    from jaxnorm.tools.adapter.linen_model import LinenModel
+    from jaxnorm.tools.adapter.nnx_model import NNXModel
 
     if isinstance(model, nnx.Module):
         return NNXModel(model)

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxnorm.linen.shell import Shell
 from jaxnorm.linen.weights import WeightShell
-from jaxnorm.tools.models import Arrays, Hook, LayerCall, Model, Path, Run, called, fresh
+from jaxnorm.tools.adapter.models import Arrays, Hook, LayerCall, Model, Path, Run, called, fresh
 
 NORMS = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm, Shell)
 LINEAR = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)

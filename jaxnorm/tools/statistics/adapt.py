@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm.tools.evidence import Blend
-from jaxnorm.tools.norms import Only
-from jaxnorm.tools.passes import Batches, Call, Order, RunningVar, Study
+from jaxnorm.tools.adapter.evidence import Blend
+from jaxnorm.tools.adapter.norms import Only
+from jaxnorm.tools.statistics.passes import Batches, Call, Order, RunningVar, Study
 
 
 def adapt_stats(

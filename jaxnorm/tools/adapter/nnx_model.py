@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from jaxnorm.nnx.shell import VARIABLE_TYPES, Shell
-from jaxnorm.tools.models import Arrays, Hook, LayerCall, Model, Path, Run, called, fresh
+from jaxnorm.tools.adapter.models import Arrays, Hook, LayerCall, Model, Path, Run, called, fresh
 
 NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm, Shell)
 LINEAR = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral, nnx.Einsum)

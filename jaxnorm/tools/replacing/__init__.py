@@ -1,0 +1,1 @@
+"""Other layers in the place of norms, or the same that stand still."""

@@ -1,0 +1,1 @@
+"""Stored statistics, taken anew from data or from replicas."""
