@@ -7,6 +7,25 @@ from mistakes import KEY, Row
 
 from jaxnorm.tools.adapter.models import model_of
 
+
+class Coder(nn.Module):
+    """A model with another method than its call."""
+
+    @nn.compact
+    def __call__(self, x):
+        return self.encode(x)
+
+    @nn.compact
+    def encode(self, x):
+        return nn.BatchNorm(use_running_average=True, name="norm")(x)
+
+
+def encoded_by_an_exchanged_model():
+    model = model_of(Coder().bind(Coder().init(KEY, X)), "replace")
+    rebuilt = model.rebuilt(model.arrays, {("norm",): nn.LayerNorm()})
+    return rebuilt.encode(X)
+
+
 X = jnp.ones((4, 3))
 MODULE = nn.BatchNorm(use_running_average=True)
 
@@ -33,5 +52,12 @@ ROWS = [
         ValueError,
         r"^fold: the Linen module BatchNorm has no variables here.*"
         r"fold\(batchnorm\.bind\(variables\), \.\.\.\)",
+    ),
+    Row(
+        "another method of a model whose layers were exchanged",
+        encoded_by_an_exchanged_model,
+        AttributeError,
+        r"^encode: layers of this Coder were exchanged.*module\.apply\(variables, 'encode', \.\.\., "
+        r"method='call'\)",
     ),
 ]

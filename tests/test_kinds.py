@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
@@ -11,6 +12,7 @@ import jaxnorm
 from jaxnorm.methods import METHODS
 from jaxnorm.methods.spec import Spec
 from jaxnorm.tools.adapter.kinds import calls_as_its_kind, keeps_statistics, method_of, spec_of
+from jaxnorm.tools.adapter.models import model_of
 
 FRAMEWORKS = ("linen", "nnx")
 
@@ -84,3 +86,31 @@ def test_what_is_no_norm_has_no_method():
     for other in others:
         assert method_of(other) is None
         assert spec_of(other) is None
+
+
+class LinenNormAndRelu(nn.BatchNorm):
+    """A norm of a user's own."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(super().__call__(x, use_running_average=True))
+
+
+class NNXNormAndRelu(nnx.BatchNorm):
+    """The same."""
+
+    def __call__(self, x):
+        return nnx.relu(super().__call__(x, use_running_average=True))
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_subclass_that_calls_its_base_is_seen_once(framework):
+    x = jnp.ones((4, 3))
+    if framework == "linen":
+        module = LinenNormAndRelu()
+        model = module.bind(module.init(jax.random.key(0), x))
+    else:
+        model = NNXNormAndRelu(3, rngs=nnx.Rngs(0))
+    (calls,) = model_of(model, "test").layers(lambda model: model(x)).values()
+    assert len(calls) == 1
+    assert not calls_as_its_kind(calls[0].layer)

@@ -66,7 +66,7 @@ def measured_places(
         called.append(place._replace(measured=structure))
         return y
 
-    _, found = harvest(lambda arrays: model.run(arrays, run, measure))(arrays)
+    _, found = harvest(lambda arrays: model.run(arrays, run, measure), who=model.who)(arrays)
     places = [called[one.label[0]]._replace(lifted=one.lifted) for one in found]
     return places, [one.values for one in found]
 

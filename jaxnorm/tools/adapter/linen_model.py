@@ -23,7 +23,8 @@ WATCHED = (*NORMS, *LINEAR)
 class LinenModel(Model):
     """A Linen module bound to its variables, as the tools see it."""
 
-    def __init__(self, bound: nn.Module):
+    def __init__(self, bound: nn.Module, who: str):
+        self.who = who
         assert bound.scope is not None
         self._rngs = {name: _key(rng) for name, rng in bound.scope.rngs.items()}
         self._module, variables = bound.unbind()
@@ -60,25 +61,32 @@ class LinenModel(Model):
     def run(self, arrays: Arrays, run: Run, hook: Hook) -> Any:
         """See `Model`."""
         this_run = object()
+        in_progress: set[int] = set()
 
         def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
             layer = context.module
             watched = isinstance(layer, WATCHED) and not isinstance(layer, WeightShell)
             # Of a run inside `run`, of another model, Flax tells the outer one too.
             elsewhere = _RUNNING.run is not this_run
-            if context.method_name != "__call__" or not watched or elsewhere or _is_replaced(layer):
+            # `super().__call__` of a user's subclass comes here too.
+            again = id(layer) in in_progress
+            unseen = context.method_name != "__call__" or again or elsewhere
+            if unseen or not watched or _is_replaced(layer):
                 return next_fun(*args, **kwargs)
             x, arguments = called(layer, args, kwargs)
-            return hook(
-                LayerCall(
-                    path=tuple(layer.path),
-                    layer=layer,
-                    x=x,
-                    arguments=arguments,
-                    values=own_values(layer),
-                    proceed=lambda x: next_fun(x, **arguments),
-                )
+            call = LayerCall(
+                path=tuple(layer.path),
+                layer=layer,
+                x=x,
+                arguments=arguments,
+                values=own_values(layer),
+                proceed=lambda x: next_fun(x, **arguments),
             )
+            in_progress.add(id(layer))
+            try:
+                return hook(call)
+            finally:
+                in_progress.discard(id(layer))
 
         before, _RUNNING.run = getattr(_RUNNING, "run", None), this_run
         try:
@@ -175,6 +183,16 @@ class Rewired(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module."""
         return self.call("__call__", *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        hidden = vars(self).get("model")
+        if hidden is not None and callable(getattr(type(hidden.layer), name, None)):
+            raise AttributeError(
+                f"{name}: layers of this {type(hidden.layer).__name__} were exchanged, and its "
+                f"methods are called by name. Use module.apply(variables, {name!r}, ..., "
+                f"method='call')."
+            )
+        return super().__getattr__(name)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Calls a method of the module, by name."""

@@ -54,9 +54,11 @@ class Model(abc.ABC):
 
     Attributes:
         arrays: all variables. In Linen a path begins with the collection.
+        who: the tool that it was given to, for errors.
     """
 
     arrays: Arrays
+    who: str
 
     @abc.abstractmethod
     def key(self, path: Path, name: str) -> Path | None:
@@ -118,7 +120,8 @@ class Model(abc.ABC):
             return call.proceed(x)
 
         # Flax runs the body of a scan more often than the program does: the program is asked.
-        _, found = jax.eval_shape(harvest(lambda arrays: self.run(arrays, run, note)), self.arrays)
+        watched = harvest(lambda arrays: self.run(arrays, run, note), who=self.who)
+        _, found = jax.eval_shape(watched, self.arrays)
         calls: dict[Path, list[LayerCall]] = {}
         for place in found:
             call = noted[place.label[0]]
@@ -143,7 +146,7 @@ def model_of(model: Any, who: str) -> Model:
     from jaxnorm.tools.adapter.nnx_model import NNXModel
 
     if isinstance(model, nnx.Module):
-        return NNXModel(model)
+        return NNXModel(model, who)
     if not isinstance(model, linen.Module):
         raise TypeError(
             f"{who}: found {type(model).__name__}, but needs a model with its variables. Give an "
@@ -154,7 +157,7 @@ def model_of(model: Any, who: str) -> Model:
             f"{who}: the Linen module {type(model).__name__} has no variables here. Bind them: "
             f"{who}({type(model).__name__.lower()}.bind(variables), ...)."
         )
-    return LinenModel(model)
+    return LinenModel(model, who)
 
 
 def called(

@@ -21,7 +21,8 @@ WATCHED = (*NORMS, *LINEAR)
 class NNXModel(Model):
     """An NNX module, as the tools see it."""
 
-    def __init__(self, model: nnx.Module):
+    def __init__(self, model: nnx.Module, who: str):
+        self.who = who
         self._graph, state = nnx.split(nnx.clone(model))
         flat = dict(nnx.to_flat_state(state))
         self._places = {tuple(map(str, path)): path for path in flat}
