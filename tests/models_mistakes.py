@@ -57,7 +57,7 @@ ROWS = [
         "another method of a model whose layers were exchanged",
         encoded_by_an_exchanged_model,
         AttributeError,
-        r"^encode: layers of this Coder were exchanged.*module\.apply\(variables, 'encode', \.\.\., "
-        r"method='call'\)",
+        r"^encode: layers of this Coder were exchanged.*"
+        r"module\.apply\(variables, 'encode', \.\.\., method='call'\)",
     ),
 ]
