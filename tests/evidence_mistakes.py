@@ -1,5 +1,7 @@
 """Models whose norms cannot tell their evidence. Part of the table of `test_errors.py`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -65,6 +67,14 @@ def collector(module, x=X):
     return adapter, Collector(adapter, lambda model: model(x), "population_stats")
 
 
+def narrow(dtype):
+    module = nn.BatchNorm(use_running_average=True)
+    variables = module.init(jax.random.key(0), X)
+    stats = jax.tree.map(lambda leaf: leaf.astype(dtype), variables["batch_stats"])
+    adapter = model_of(module.bind({**variables, "batch_stats": stats}), "population_stats")
+    Collector(adapter, lambda model: model(X), "population_stats")
+
+
 def another_batch():
     module, x = Norms(), jnp.concatenate([X, X])
     adapter = model_of(module.bind(module.init(jax.random.key(0), x)), "population_stats")
@@ -103,8 +113,20 @@ ROWS = [
         "a subclass of a norm with a call of its own",
         lambda: collector(NormAndRelu()),
         ValueError,
-        r"^population_stats: is a NormAndRelu.*in the place of a subclass",
+        r"^population_stats: is a NormAndRelu.*only=lambda path: path not in \[''\]\. Or write a "
+        r"module.*in the place of a subclass",
         with_values=True,
+    ),
+    *(
+        Row(
+            f"statistics in {dtype.__name__}",
+            functools.partial(narrow, dtype),
+            TypeError,
+            rf"^population_stats: its statistics are {dtype.__name__}, but must be float32.*"
+            r"leaf\.astype\(jnp\.float32\)",
+            with_values=True,
+        )
+        for dtype in (jnp.bfloat16, jnp.float16)
     ),
     Row(
         "a layer inside a loop of unknown length",

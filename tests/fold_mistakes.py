@@ -15,21 +15,28 @@ KERNEL = jnp.ones((3, 4))
 STATS = jaxnorm.Stats(jnp.zeros(4), jnp.ones(4))
 
 
-class Squared(nnx.BatchNorm):
-    """A norm with something behind it, as users write it."""
+class Doubled(nnx.Module):
+    """A model that goes by the kind of its norm, which no trace shows."""
+
+    def __init__(self):
+        self.layer, self.norm = model().layers
 
     def __call__(self, x):
-        return super().__call__(x) ** 2
+        return (2.0 if isinstance(self.norm, nnx.BatchNorm) else 1.0) * self.norm(self.layer(x))
 
 
-def model(norm=nnx.BatchNorm):
+def model():
     rngs = nnx.Rngs(0)
-    return nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), norm(4, rngs=rngs))
+    return nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
 
 
 with jax.ensure_compile_time_eval():
-    WITH_BATCH_NORM, WITH_SQUARES = model(), model(Squared)
+    WITH_BATCH_NORM, DOUBLED = model(), Doubled()
     WITH_BATCH_NORM.eval()
+    WITH_DOMAINS = nnx.Sequential(
+        nnx.Linear(3, 4, rngs=nnx.Rngs(0)),
+        jaxnorm.nnx.AdaBN(4, domains=("a", "b"), rngs=nnx.Rngs(0)),
+    )
 
 
 def with_values(fun):
@@ -105,16 +112,29 @@ ROWS = [
         r"^fold: found traced arrays.*Call it outside of jax\.jit",
     ),
     Row(
-        "fold of a norm that does more",
-        with_values(lambda: fold(WITH_SQUARES, X)),
+        "fold of a model that goes by its norm",
+        with_values(lambda: fold(DOUBLED, X)),
         ValueError,
-        r"^fold: the outputs differ by .*more than tolerance=3\.5e-04.*'layers/1' makes the "
-        r"largest part.*only=lambda path: path != 'layers/1'.*tolerance=",
+        r"^fold: the outputs differ by .*more than tolerance=3\.5e-04.*'norm' makes the "
+        r"largest part.*only=lambda path: path != 'norm'.*tolerance=",
     ),
     Row(
         "fold of norms that are not there",
         with_values(lambda: fold(WITH_BATCH_NORM, X, only="block/*")),
         ValueError,
         r"^fold: only='block/\*' chooses none of the norms \['layers/1'\]",
+    ),
+    Row(
+        "training with a folded norm",
+        with_values(lambda: fold(WITH_BATCH_NORM, X).model.layers[1](X, False)),
+        ValueError,
+        r"^folded norm: called for training.*cannot train.*train=False.*model\.eval\(\)",
+    ),
+    Row(
+        "folded norm for another domain",
+        with_values(lambda: fold(WITH_DOMAINS, X).model.layers[1](X, domain="b")),
+        ValueError,
+        r"^folded norm: called for domain='b', but it was folded for 'a'.*"
+        r"fold\(model, x, domain='b'\)",
     ),
 ]

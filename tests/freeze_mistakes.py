@@ -1,6 +1,7 @@
 """Mistakes with freezing and with choosing norms. Part of the table of `test_errors.py`."""
 
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import nnx
 from mistakes import KEY, Row
 from tool_models import Branches, vector
@@ -17,7 +18,22 @@ def bound():
     return Branches().bind(Branches().init(KEY, vector()))
 
 
+class Skipping(nn.Module):
+    """A model that calls its second norm in training only."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.LayerNorm(name="first")(x)
+        return nn.LayerNorm(name="second")(x) if train or self.is_initializing() else x
+
+
 ROWS = [
+    Row(
+        "a mask of norms that the call does not reach",
+        lambda: norm_mask(Skipping().bind(Skipping().init(KEY, vector())), vector()),
+        ValueError,
+        r"^norm_mask: \['second'\] have variables like norms.*train=True.*only=lambda path",
+    ),
     *(
         Row(
             f"{tool.__name__} of a Linen model without a call",

@@ -67,7 +67,27 @@ ROWS = [
         "replacing in a model without batch norms",
         lambda: replace(model(nnx.LayerNorm(6, rngs=nnx.Rngs(0))), ghost(2), X),
         ValueError,
-        r"^replace: found no batch norm among the norms \['layers/1'\]",
+        r"^replace: found no batch norm, but 'layers/1' \(LayerNorm\).*restored\(model\)",
+    ),
+    Row(
+        "replacing in a Linen model whose batch norms were replaced",
+        lambda: replace(
+            replace(
+                nn.BatchNorm(use_running_average=True).bind(nn.BatchNorm().init(KEY, X, True)),
+                to("GroupNorm", num_groups=2),
+                X,
+            ).model,
+            to("BatchNorm"),
+            X,
+        ),
+        ValueError,
+        r"^replace: found no batch norm, but '' \(GroupNorm\).*replaced\.restored\(model\)",
+    ),
+    Row(
+        "replacing in a model without norms",
+        lambda: replace(model(), ghost(2), X),
+        ValueError,
+        r"^replace: found no batch norm, but a model without norms",
     ),
     Row(
         "replacing where no path is meant",

@@ -5,6 +5,7 @@ import optax
 from flax import nnx
 from mistakes import Row
 
+from jaxnorm.tools.replacing.freeze import freeze
 from jaxnorm.tools.tent import tent
 
 X = jnp.zeros((4, 2))
@@ -48,6 +49,12 @@ ROWS = [
         lambda: tent(classifier(use_scale=False, use_bias=False), SGD, X),
         ValueError,
         r"^tent: needs norms with a scale or a bias, found 'layers/0' \(has no scale",
+    ),
+    Row(
+        "adaptation of frozen parameters",
+        lambda: tent(freeze(classifier(), affine=True).model, SGD, X),
+        ValueError,
+        r"^tent: needs norms with a scale or a bias, found 'layers/0' \(its scale and bias are fro",
     ),
     Row(
         "adaptation of norms without statistics",

@@ -19,12 +19,17 @@ def example():
     sys.path.remove(str(EXAMPLES))
 
 
-def test_adapting_helps_on_shifted_digits(example, tmp_path):
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compile")
+def test_adapting_helps_on_shifted_digits(example, tmp_path, capsys):
     options = example.Options(quick=True, data="digits", out=tmp_path / "picture.png")
     result = example.main(options)
     for found in result.directions.values():
         assert found["AdaBN, together"][0] > found["source only"][0] + 0.2
         assert found["AdaBN, layer by layer"][0] > found["source only"][0] + 0.2
+    printed = capsys.readouterr().out
+    assert "seed 0" in printed
+    assert "±" not in printed  # one seed has no deviation
     pixels = image.imread(result.picture)
     assert pixels.shape[1] > 1000
     assert len(np.unique(pixels.reshape(-1, 4), axis=0)) > 50

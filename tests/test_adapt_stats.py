@@ -84,6 +84,35 @@ def test_without_a_prior_they_are_the_targets_and_with_an_endless_one_the_source
     assert changed(model, adapt_stats(model, batches, prior_strength=np.inf)) == set()
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_batch_spread_over_a_mesh_with_explicit_axes(framework):
+    """There JAX infers how each result is spread, and refuses where it cannot."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    over, everywhere = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ("d", ())
+    )
+    (batch,) = vectors(16)
+    if framework == "linen":
+        module = nn.Sequential([nn.BatchNorm(True), jnp.square, nn.BatchNorm(True)])
+        variables = module.init(jax.random.key(0), batch)
+        alone, spread = module.bind(variables), module.bind(jax.device_put(variables, everywhere))
+    else:
+        alone = spread = chain(jnp.square)
+        spread = nnx.clone(spread)
+        nnx.update(spread, jax.device_put(nnx.state(spread), everywhere))
+    shared = jax.device_put(batch, over)
+    assert "d" in str(jax.typeof(shared))
+    for tool in (population_stats, partial(adapt_stats, prior_strength=3)):
+        expected = arrays_of(tool(alone, [batch]))
+        for key, leaf in arrays_of(tool(spread, [shared])).items():
+            np.testing.assert_allclose(leaf, expected[key], rtol=1e-5, atol=1e-6)
+    predicted = (
+        batch_adapter(model, x, prior_strength=3)(x)
+        for model, x in ((alone, batch), (spread, shared))
+    )
+    np.testing.assert_allclose(*predicted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_of_domains_adapts_the_one_of_the_call():
     layer = jaxnorm.nnx.AdaBN(4, domains=("source", "target"), rngs=nnx.Rngs(0))
     layer.mean_target[...] = jnp.full(4, 8.0)

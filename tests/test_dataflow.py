@@ -70,6 +70,23 @@ REFUSED = {
         lambda x: dense()(norm()(x)),
         rf"^its input comes from the model's input, {STRAIGHT}$",
     ),
+    "norm before a convolution with padding": (
+        lambda x: nn.Conv(4, (3, 3), name="conv")(norm()(x)),
+        rf"^its input comes from the model's input, {STRAIGHT}; nor does it go into 'conv' after "
+        r"it, whose padding is not normalized$",
+    ),
+    "norm before a convolution with a number as padding": (
+        lambda x: nn.Conv(4, (1, 1), padding=1, name="conv")(norm()(nn.relu(x))),
+        rf"^its input comes from 'max' of relu, {STRAIGHT}; nor does it go into 'conv'",
+    ),
+    "norm before a convolution without padding": (
+        lambda x: nn.Conv(4, (1, 1), name="conv")(norm()(x)),
+        rf"^its input comes from the model's input, {STRAIGHT}$",
+    ),
+    "norm before a convolution and a branch": (
+        lambda x: nn.Conv(3, (3, 3), name="conv")(y := norm()(x)) + y,
+        rf"^its input comes from the model's input, {STRAIGHT}$",
+    ),
     "another norm between": (
         lambda x: norm()(nn.LayerNorm(name="other")(dense()(x))),
         rf"^its input comes from 'other', {STRAIGHT}$",
@@ -149,7 +166,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
     body, reason = REFUSED[case]
-    conv = any(word in case for word in ("instance", "part layer"))
+    conv = any(word in case for word in ("convolution", "instance", "part layer"))
     found = pairing_of(linen(body, IMAGE if conv else VECTOR), IMAGE if conv else VECTOR)
     assert ("norm",) not in found.pairs
     assert re.search(reason, found.left["norm",]), found.left

@@ -62,6 +62,18 @@ def test_the_nnx_twin_learns(example):
     assert batch_norm_digits_nnx.main(batch_norm_digits_nnx.Options()) >= 0.95
 
 
+def test_folding_changes_no_answer_and_takes_no_roots(example):
+    import fold_batch_norm
+
+    result = fold_batch_norm.main(fold_batch_norm.Options(quick=True, width=8, blocks=1))
+    before, after = result.accuracy
+    assert min(before, after) >= 0.7
+    assert abs(before - after) <= 0.005
+    assert result.changed_answers <= 2
+    assert result.roots[0] >= 3
+    assert result.roots[1] == 0
+
+
 def run_on_devices(*command):
     """Runs Python with the examples at hand, on CPU devices that are not those of the tests.
 

@@ -1,6 +1,7 @@
 """Freezing: frozen statistics and parameters stay bit by bit, and all else trains as before."""
 
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.core import FrozenDict
 from tool_models import branches, image, resnet, vector
 
 import jaxnorm
@@ -335,3 +337,108 @@ def test_the_caller_s_arrays_are_his(framework):
     for leaf in model_of(frozen, "test").arrays.values():
         leaf.delete()
     same(arrays_of(model), before)
+
+
+class Scaled(nn.Module):
+    """A user's layer with a scale, which is no norm."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x * self.param("scale", nn.initializers.ones, (1, x.shape[-1]))
+
+
+class WithAuxiliary(nn.Module):
+    """A network with layers that are called in training only."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = Scaled(name="scaled")(nn.BatchNorm(not train, name="norm")(x))
+        if train or self.is_initializing():
+            y = nn.BatchNorm(not train, name="head_norm")(nn.Dense(4, name="head")(x))
+            y = nn.LayerNorm(use_bias=False, name="head_rows")(y)
+            x = x + nn.Dropout(0.5, deterministic=not train)(y)
+        return nn.Dense(3, name="out")(x)
+
+
+def with_auxiliary():
+    module = WithAuxiliary()
+    return module.bind(module.init(jax.random.key(0), vector()), rngs={"dropout": KEY})
+
+
+KEY = jax.random.key(1)
+MISSED = r"\['head_norm', 'head_rows'\] have variables like norms"
+
+
+@pytest.mark.parametrize("tool", [norm_mask, norm_labels, decay_mask])
+def test_norms_that_the_call_misses_are_named(tool):
+    with pytest.raises(ValueError, match=rf"^{tool.__name__}: {MISSED}.*train=True"):
+        tool(with_auxiliary(), vector())
+
+
+def test_norms_of_a_training_call_are_found():
+    mask = flat(norm_mask(with_auxiliary(), vector(), train=True))
+    assert {name.partition("/")[0] for name, norm in mask.items() if norm} == {
+        "norm",
+        "head_norm",
+        "head_rows",
+    }
+
+
+def test_what_the_call_misses_can_be_left_out():
+    here = flat(norm_mask(with_auxiliary(), vector(), only="norm"))
+    assert {name for name, norm in here.items() if norm} == {"norm/scale", "norm/bias"}
+    decays = flat(decay_mask(with_auxiliary(), vector(), train=True, only="*norm"))
+    assert {name for name, decay in decays.items() if decay and name.endswith("scale")} == {
+        "scaled/scale",
+        "head_rows/scale",
+    }
+
+
+def test_norms_that_the_call_misses_are_left():
+    frozen = freeze(with_auxiliary(), vector())
+    assert set(frozen.frozen) == {"norm"}
+    assert set(frozen.left) == {"head_norm", "head_rows"}
+    assert all("not called in the example call" in why for why in frozen.left.values())
+
+
+def test_a_model_that_compiles_its_parts_misses_nothing():
+    class Compiled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.jit(Scaled)(name="scaled")(nn.jit(nn.BatchNorm)(True, name="norm")(x))
+
+    model = Compiled().bind(Compiled().init(jax.random.key(0), vector()))
+    for _ in range(2):
+        mask = flat(norm_mask(model, vector()))
+        assert {name for name, norm in mask.items() if norm} == {"norm/scale", "norm/bias"}
+
+
+def test_trees_are_frozen_where_parameters_are():
+    model, x = given("branches", "linen")
+    module, variables = model.unbind()
+    params = FrozenDict(variables["params"])
+    model = module.bind({**variables, "params": params})
+    transform = optax.multi_transform(
+        {"norm": optax.set_to_zero(), "other": optax.adamw(0.1, mask=decay_mask(model, x))},
+        norm_labels(model, x),
+    )
+    updates, _ = transform.update(params, transform.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert jax.tree.structure(norm_mask(model, x)) == jax.tree.structure(params)
+
+
+def test_a_norm_without_parameters_is_left():
+    rngs = nnx.Rngs(0)
+    bare = nnx.BatchNorm(4, use_scale=False, use_bias=False, rngs=rngs)
+    frozen = freeze(nnx.List([nnx.BatchNorm(4, rngs=rngs), bare]), statistics=False, affine=True)
+    assert frozen.frozen == {"0": ("scale", "bias")}
+    assert frozen.left == {"1": "has no scale and no bias"}
+
+
+def test_a_frozen_nnx_model_can_be_pickled():
+    frozen = freeze(*given("resnet", "nnx"), affine=True).model
+    read = pickle.loads(pickle.dumps(frozen))
+    same(arrays_of(read), arrays_of(frozen))
+    assert type(read.stem_norm) is type(frozen.stem_norm)
+    after, before = arrays_of(trained(read, image())[0]), arrays_of(frozen)
+    same(after, before, [name for name in before if in_norm(name)])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from modules import FRAMEWORKS
-from subjects import BOTH, EACH, SUBJECTS, drawn, in_turn
+from subjects import BOTH, EACH, EACH_METHOD, SUBJECTS, drawn, in_turn
 
 # The variables of another domain stay, and have themselves for derivative.
 MOVING = ("mean", "var", "cov")
@@ -51,7 +51,7 @@ def test_training_is_what_the_paper_says(framework, subject, masked):
     assert y.dtype == jnp.float64
 
 
-@EACH
+@EACH_METHOD
 def test_linen_is_nnx(subject):
     x, mask = subject.input(), subject.some_mask()
     linen, nnx = (subject.layer(framework, x) for framework in ("linen", "nnx"))
@@ -80,7 +80,7 @@ def test_compiled_is_eager_and_mapped_is_one_by_one(framework, subject):
 @pytest.mark.parametrize(
     "masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "masked"]
 )
-@EACH
+@EACH_METHOD
 def test_derivatives_of_two_orders(subject, masked):
     """Along a line through input and parameters: forward, reverse, both orders of both, and finite
     differences, which trust none of them."""
@@ -116,7 +116,7 @@ def test_derivatives_of_two_orders(subject, masked):
 
 
 @pytest.mark.parametrize("harm", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow), 3e38])
-@EACH
+@EACH_METHOD
 def test_what_is_masked_reaches_nothing(subject, harm):
     x, mask = subject.input(), subject.some_mask()
     layer = subject.layer("linen", x)
@@ -138,7 +138,7 @@ def test_what_is_masked_reaches_nothing(subject, harm):
     assert np.isfinite(spoiled[-1]).all()
 
 
-@EACH
+@EACH_METHOD
 def test_nothing_valid_moves_nothing(subject):
     x = jnp.full(subject.shape, jnp.nan)
     layer = subject.layer("linen", x)
@@ -155,7 +155,7 @@ def test_nothing_valid_moves_nothing(subject):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
-@EACH
+@EACH_METHOD
 def test_narrow_input_is_rounded_once(subject, dtype):
     """The same as of float32 input with the same values, rounded; the state is the same."""
     x = subject.input(dtype)
@@ -186,7 +186,7 @@ def test_right_at_large_means(subject):
     np.testing.assert_allclose(y, expected, rtol=1e-3, atol=4 * allowed)
 
 
-@EACH
+@EACH_METHOD
 @BOTH
 def test_state_keeps_its_types_and_steps_are_traced_once(framework, subject):
     x = subject.input(jnp.bfloat16)
@@ -207,7 +207,7 @@ def test_state_keeps_its_types_and_steps_are_traced_once(framework, subject):
     assert all(np.isfinite(leaf).all() for leaf in stats.values())
 
 
-@EACH
+@EACH_METHOD
 def test_no_gradient_passes_through_the_state(subject):
     x = subject.input()
     layer = subject.layer("linen", x)
@@ -231,7 +231,7 @@ def test_no_gradient_passes_through_the_state(subject):
         chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, gradient))
 
 
-@EACH
+@EACH_METHOD
 @BOTH
 def test_initialization_needs_no_mapped_axis(framework, subject):
     layer = subject.layer(framework, subject.input(), axis_name="unbound")
@@ -258,7 +258,7 @@ def test_input_and_statistics_are_all_that_is_kept(subject):
         ("tracer leaks", jnp.float32),
     ],
 )
-@EACH
+@EACH_METHOD
 def test_strict_modes(subject, dtype, mode):
     contexts = {
         "dtype promotion": jax.numpy_dtype_promotion("strict"),

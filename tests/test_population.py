@@ -178,6 +178,83 @@ def test_data_on_several_devices():
             np.testing.assert_allclose(leaf, alone[key], rtol=1e-5, atol=1e-6)
 
 
+def test_rounding_that_grows_through_a_deep_network_counts_as_settled():
+    rngs = nnx.Rngs(0)
+    layers = [
+        layer
+        for _ in range(14)
+        for layer in (nnx.Linear(16, 16, rngs=rngs), nnx.BatchNorm(16, rngs=rngs), nnx.relu)
+    ]
+    x = np.random.default_rng(0).normal(size=(2, 32, 16)).astype(np.float32)
+    exact = population_stats(nnx.Sequential(*layers), list(x), order="layer by layer")
+    exact.eval()
+    before_last = nnx.jit(lambda model: nnx.Sequential(*model.layers[:-2])(x.reshape(-1, 16)))
+    seen = np.asarray(before_last(exact), np.float64)
+    mean, var = stored(exact, "layers/40")
+    assert (np.abs(mean - seen.mean(0)) < 0.01 * np.sqrt(seen.var(0)) + 1e-6).all()
+    np.testing.assert_allclose(var, seen.var(0), rtol=0.01)
+
+
+def test_averaged_weights_get_what_one_training_batch_of_all_data_has():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            for _ in range(2):
+                norm = nn.BatchNorm(use_running_average=not train, momentum=0.0)
+                x = nn.relu(norm(nn.Dense(5)(x)))
+            return x
+
+    net, batches = Net(), vectors(7, 7, 4)
+    one, other = (net.init(jax.random.key(seed), batches[0]) for seed in (0, 1))
+    averaged = one | {
+        "params": jax.tree.map(lambda a, b: (a + b) / 2, one["params"], other["params"])
+    }
+    exact = population_stats(net.bind(averaged), batches, order="layer by layer")
+    data = np.concatenate(batches)
+    _, trained = net.apply(averaged, data, train=True, mutable=["batch_stats"])
+    for path, wanted in jax.tree_util.tree_leaves_with_path(trained["batch_stats"]):
+        found = exact.variables["batch_stats"][path[0].key][path[1].key]
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+class LinenReluNorm(nn.BatchNorm):
+    """A user's own, of which it is not known what it does."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(super().__call__(x, use_running_average=True))
+
+
+class NNXReluNorm(nnx.BatchNorm):
+    """The same."""
+
+    def __call__(self, x):
+        return nnx.relu(super().__call__(x))
+
+
+def with_a_users_own(framework):
+    if framework == "nnx":
+        rngs = nnx.Rngs(0)
+        return nnx.Sequential(NNXReluNorm(4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+    model = nn.Sequential([LinenReluNorm(), nn.BatchNorm(use_running_average=True)])
+    return model.bind(model.init(jax.random.key(0), vectors(3)[0]))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_users_own_norm_that_is_not_chosen_is_called_as_it_is(framework, order):
+    model, (batch,) = with_a_users_own(framework), vectors(6)
+    exact = population_stats(model, [batch], order=order, only="layers*1")
+    first, second = np.maximum(batch / np.sqrt(1 + 1e-5), 0), "layers/1"
+    if framework == "linen":
+        second = "layers_1"
+    np.testing.assert_allclose(stored(exact, second)[0], first.mean(0), rtol=1e-5, atol=1e-6)
+    own = second.replace("1", "0")
+    np.testing.assert_array_equal(stored(exact, own), stored(model, own))
+    with pytest.raises(ValueError, match=rf"only=lambda path: path not in \['{own}'\]"):
+        population_stats(model, [batch], order=order)
+
+
 class Masked(nn.Module):
     """A model that hands a mask on to its norms."""
 

@@ -1,5 +1,6 @@
 """Replacing batch norms: as a model written with the other layers, and back again."""
 
+import pickle
 from functools import partial
 
 import jax
@@ -464,3 +465,34 @@ def test_affine_alone_is_frozen_while_statistics_move(framework):
             np.testing.assert_array_equal(grad, np.zeros_like(grad))
         else:
             np.testing.assert_allclose(grad, all_grads[key], rtol=1e-5, atol=1e-6)
+
+
+class SkipsOne(nn.Module):
+    """A model that calls its second batch norm in training only."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(not train, name="first")(x)
+        if train or self.is_initializing():
+            x = nn.BatchNorm(not train, name="second")(x)
+            x = nn.LayerNorm(name="rows")(x)
+        return x
+
+
+def test_batch_norms_that_the_call_misses_are_named():
+    model = SkipsOne().bind(SkipsOne().init(jax.random.key(0), vector()))
+    replaced = replace(model, to("GroupNorm", num_groups=2), vector())
+    assert [change.path for change in replaced.changed] == ["first"]
+    assert list(replaced.refused) == ["second"]
+    assert "not called in the example call" in replaced.refused["second"]
+    replaced = replace(model, to("GroupNorm", num_groups=2), vector(), train=True)
+    assert {change.path for change in replaced.changed} == {"first", "second"}
+
+
+@pytest.mark.parametrize("by", [frozen(), to("GroupNorm", num_groups=1), to("BatchRenorm")])
+def test_a_replaced_nnx_model_can_be_pickled(by):
+    model = replace(resnet("nnx"), by, image()).model
+    model.eval()
+    read = pickle.loads(pickle.dumps(model))
+    assert type(read.stem_norm) is type(model.stem_norm)
+    np.testing.assert_array_equal(read(image()), model(image()))

@@ -14,6 +14,7 @@ from tool_models import branches, image, resnet, vector
 
 import jaxnorm
 from jaxnorm.tools.adapter.models import model_of
+from jaxnorm.tools.replacing.freeze import freeze
 from jaxnorm.tools.tent import _mean_entropy, entropy, tent
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -440,3 +441,16 @@ def test_accuracy_on_shifted_digits_improves():
 
     by_batch, adapted = map(accuracy, before_and_after())
     assert accuracy(model(shifted)) + 0.1 < by_batch < adapted - 0.01
+
+
+@frameworks
+def test_norms_with_frozen_parameters_are_left(framework):
+    model, x = given("branches", framework)
+    frozen = freeze(model, x, only="shared", affine=True).model
+    adaptation = tent(frozen, optax.sgd(0.1), x)
+    assert set(adaptation.norms) == {"after_branch", "layers/norm", "checkpointed/norm"}
+    assert list(adaptation.left) == ["shared"]
+    assert "frozen" in adaptation.left["shared"]
+    before = adaptation.init().params
+    _, state = jax.jit(adaptation.step)(adaptation.init(), x)
+    assert all((state.params[name] != before[name]).any() for name in before)

@@ -25,7 +25,8 @@ from jaxnorm.core import checks, precision
 from jaxnorm.core.axes import sizes
 from jaxnorm.tools.adapter.kinds import calls_as_its_kind, keeps_statistics, spec_of
 from jaxnorm.tools.adapter.models import Arrays, Hook, LayerCall, Model, Path, fresh, model_of
-from jaxnorm.tools.adapter.norms import Only, chosen, is_norm
+from jaxnorm.tools.adapter.norms import Only, chosen, is_norm, noting
+from jaxnorm.tools.replacing.frozen import has_frozen_affine
 
 
 class TentState(NamedTuple):
@@ -231,12 +232,15 @@ def _adapted(
     model: Model, run: Callable[[Any], Any], norms: str, only: Only, who: str
 ) -> tuple[dict[Path, Any], dict[str, str]]:
     """The norms that adapt, by their paths, and why others do not."""
-    called = {path: calls[0].layer for path, calls in model.layers(run).items()}
+    modules: dict[Path, list[Any]] = {}
+    called = {path: calls[0].layer for path, calls in model.layers(noting(modules, run)).items()}
     wanted = chosen({path: layer for path, layer in called.items() if is_norm(layer)}, only, who)
     adapted, left = {}, {}
     for path, layer in wanted.items():
         if not calls_as_its_kind(layer):
             left["/".join(path)] = f"{type(layer).__name__} has a call of its own"
+        elif any(map(has_frozen_affine, [layer, *modules.get(path, [])])):
+            left["/".join(path)] = "its scale and bias are frozen: no gradient reaches them"
         elif norms == "stored" and not keeps_statistics(spec_of(layer)):
             left["/".join(path)] = "keeps no statistics; norms='all' adapts its scale and bias"
         else:

@@ -26,6 +26,7 @@ from jaxnorm.methods.running_covariance import RunningCovariance
 from jaxnorm.tools.adapter.kinds import calls_as_its_kind, keeps_statistics, spec_of
 from jaxnorm.tools.adapter.marks import Marked, harvest, mark
 from jaxnorm.tools.adapter.models import Arrays, LayerCall, Model, Path, Run
+from jaxnorm.tools.adapter.norms import Only, chosen
 
 Evidence = Moments | Comoments
 Estimate = Stats | JointStats
@@ -64,15 +65,27 @@ class Collector:
         who: the tool's name for errors.
         running_var: `"biased"` or `"unbiased"`, whether estimates have Bessel's correction; None
             for what each norm says.
+        only: of which norms, see `chosen`. The others are called as the model does, and nothing
+            more.
 
     Raises:
-        ValueError: a norm whose statistics are not stored as they are, or that lies in a loop.
+        TypeError: a norm whose statistics are narrower than float32.
+        ValueError: a norm that a user's subclass calls in its own way, whose statistics are not
+            stored as they are, or that lies in a loop.
     """
 
-    def __init__(self, model: Model, run: Run, who: str, running_var: str | None = None):
+    def __init__(
+        self,
+        model: Model,
+        run: Run,
+        who: str,
+        running_var: str | None = None,
+        only: Only = None,
+    ):
         self._model, self._who, self._running_var = model, who, running_var
         self._labels: list[tuple[Any, ...]] = []
-        self.norms = self._norms(run)
+        self._left: set[Path] = set()
+        self.norms = self._norms(run, only)
 
     def evidence(
         self,
@@ -103,7 +116,7 @@ class Collector:
 
         def observe(call: LayerCall) -> Any:
             norm = self._of_call(call)
-            if norm is None:
+            if norm is None or norm.path in self._left:
                 return call.proceed(call.x)
             y, normalized, evidence = self._observed(
                 norm, call, blend, warn=norm.path in by_batch and blend is None
@@ -154,13 +167,6 @@ class Collector:
         spec = spec_of(call.layer)
         if spec is None or not keeps_statistics(spec):
             return None
-        if not calls_as_its_kind(call.layer):
-            kind = type(call.layer)
-            raise ValueError(
-                f"{self._where(call.path)}: is a {kind.__name__}, whose call is a user's own, so "
-                f"that it is not known what it normalizes. Write a module that calls the norm and "
-                f"then does the rest, in the place of a subclass."
-            )
         options: dict[str, Any] = dict(
             momentum=0.5, debias=False, update_every=2, update_stats=True, unbound_axis="local"
         )
@@ -231,13 +237,16 @@ class Collector:
     def _where(self, path: Path) -> str:
         return f"{self._who}, '{'/'.join(path)}'" if path else self._who
 
-    def _norms(self, run: Run) -> dict[Path, Norm]:
-        """The norms that a run calls, and where their statistics are stored."""
+    def _norms(self, run: Run, only: Only) -> dict[Path, Norm]:
+        """The chosen of the norms that a run calls, and where their statistics are stored."""
         called: list[_Called] = []
+        of_users: dict[Path, str] = {}
 
         def observe(call: LayerCall) -> Any:
             norm = self._of_call(call)
-            if norm is not None:
+            if norm is not None and not calls_as_its_kind(norm.layer):
+                of_users[norm.path] = type(norm.layer).__name__
+            elif norm is not None:
                 mark((len(called),), *_lifting(norm, call))
                 called.append(norm)
             return call.proceed(call.x)
@@ -245,15 +254,23 @@ class Collector:
         @jax.jit
         def seen_inside(arrays: Arrays) -> list[Marked]:
             called.clear()
-            return harvest(lambda arrays: self._model.run(arrays, run, observe), every_branch=True)(
-                arrays
-            )[1]
+            watched = harvest(
+                lambda arrays: self._model.run(arrays, run, observe),
+                every_branch=True,
+                who=self._who,
+            )
+            return watched(arrays)[1]
 
         numbers = _Numbers(self._model)
         high, low = (seen_inside(arrays) for arrays in numbers.as_arrays())
+        paths = dict.fromkeys([*(norm.path for norm in called), *of_users])
+        self._left = paths.keys() - (chosen(paths, only, self._who) if paths else paths)
+        self._check_known(of_users)
         calls: dict[Path, list[_Stored]] = {}
         for place, rest in zip(high, low, strict=True):
             norm = called[place.label[0]]
+            if norm.path in self._left:
+                continue
             where = self._where(norm.path)
             stored = [
                 numbers.read(place.values[i], rest.values[i], place.lifted, where)
@@ -264,6 +281,17 @@ class Collector:
             )
             self._labels.append((norm.path,))
         return {path: _norm(path, stored, self._where(path)) for path, stored in calls.items()}
+
+    def _check_known(self, of_users: Mapping[Path, str]) -> None:
+        """Raises if a user's subclass, whose call may do anything, is among the chosen norms."""
+        unknown = [path for path in of_users if path not in self._left]
+        if unknown:
+            raise ValueError(
+                f"{self._where(unknown[0])}: is a {of_users[unknown[0]]}, whose call is a user's "
+                f"own, so that it is not known what it normalizes. Leave such norms as they are: "
+                f"only=lambda path: path not in {['/'.join(path) for path in unknown]}. Or write a "
+                f"module that calls the norm and then does the rest, in the place of a subclass."
+            )
 
 
 class _Called(NamedTuple):
@@ -324,6 +352,12 @@ class _Numbers:
         self, high: jax.Array, low: jax.Array, lifted: int, who: str
     ) -> tuple[Path, np.ndarray]:
         """The variable, and the positions in it, of which these numbers tell."""
+        if jnp.promote_types(high.dtype, jnp.float32) != high.dtype:
+            raise TypeError(
+                f"{who}: its statistics are {high.dtype}, but must be float32 or wider. Cast them: "
+                f"jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables['batch_stats']), "
+                f"or in NNX of nnx.state(model, nnx.BatchStat) and then nnx.update."
+            )
         parts = [np.real(np.asarray(part)).astype(np.float64) for part in (high, low)]
         numbers = parts[0] * self._BASE + parts[1] - 1
         whole = all((part == np.rint(part)).all() for part in parts)

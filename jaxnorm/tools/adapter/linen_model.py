@@ -30,6 +30,7 @@ class LinenModel(Model):
         self._module, variables = bound.unbind()
         self._boxes = _flat(variables)
         self.arrays = {path: meta.unbox(leaf) for path, leaf in self._boxes.items()}
+        self._frozen_dict = isinstance(variables.get("params"), FrozenDict)
 
     def key(self, path: Path, name: str) -> Path | None:
         """See `Model`."""
@@ -49,7 +50,9 @@ class LinenModel(Model):
     def optimized(self, values: Mapping[Path, Any]) -> Any:
         """See `Model`."""
         params = {key: values[key] for key in self.arrays if self.collection(key) == "params"}
-        return self._variables(params).get("params", {})
+        tree = self._variables(params).get("params", {})
+        # Optax takes trees for different whose containers are.
+        return FrozenDict(tree) if self._frozen_dict else tree
 
     def _variables(self, arrays: Arrays) -> dict[str, Any]:
         boxed = {

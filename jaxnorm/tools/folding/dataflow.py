@@ -168,7 +168,9 @@ class Dataflow:
         ]
 
     def _hands_variables_on(self, step: Step) -> bool:
-        """Whether a variable goes into a scan, or is repeated by `jax.vmap` for a mark."""
+        """Whether a variable goes into a scan, is repeated by `jax.vmap` for a mark, or frozen."""
+        if step.name == "stop_gradient":
+            return True
         if step.name == "scan":
             return step.params.get("gives") in (FIXED, SLICED)
         if step.name != "broadcast_in_dim":

@@ -95,12 +95,14 @@ def fold(
         only: which norms: a pattern of paths, `"block1/*"`, a function of the path, or None for
             all.
         tolerance: how far the outputs may differ, relative to the largest; None for the square root
-            of the machine epsilon of the narrowest dtype among kernels and results of norms, 3e-4
-            in float32.
+            of the machine epsilon of the narrowest dtype among the variables of layers and norms
+            and the results of norms, 3e-4 in float32.
 
     Returns:
         The model, which norms went where, which are left and why, and how far the outputs differ;
-        see `Folded`. It shares no arrays with the one given, which stays as it is.
+        see `Folded`. It shares no arrays with the one given, which stays as it is. It is for calls
+        that use layers and norms together as the example did; a call for training, or for another
+        domain, is an error.
 
     Raises:
         TypeError: a model that is none; traced arrays, by which nothing can be compared.
@@ -176,7 +178,7 @@ def _without_norms(given: Any, model: Model, pairs: Mapping[Path, Pair], run: Ru
         arrays[(*pair.keys["kernel"][:-1], "bias")] = bias
         if "bias" not in pair.keys:
             layers[layer.path] = with_bias(originals.get(layer.path, layer.layer), bias)
-        layers[path] = skipped(pair.norm.call.layer, pair.dtype)
+        layers[path] = skipped(pair.norm.call.layer, pair.dtype, pair.domain)
         if not is_nnx:
             gone = {model.key(path, name) for name in pair.norm.call.values}
             arrays = {key: leaf for key, leaf in arrays.items() if key not in gone}
@@ -248,7 +250,7 @@ def _apart(old: np.ndarray, new: np.ndarray) -> float:
 
 
 def _tolerance(model: Model, pairs: Mapping[Path, Pair]) -> float:
-    """The square root of the largest machine epsilon among the dtypes of kernels and results."""
+    """The square root of the largest machine epsilon among the dtypes of variables and results."""
     dtypes = [pair.dtype for pair in pairs.values()]
-    dtypes += [model.arrays[pair.keys["kernel"]].dtype for pair in pairs.values()]
+    dtypes += [model.arrays[key].dtype for pair in pairs.values() for key in pair.keys.values()]
     return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=1e-7) ** 0.5

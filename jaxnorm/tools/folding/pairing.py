@@ -12,11 +12,11 @@ from typing import Any
 from jaxnorm.core.axes import sizes
 from jaxnorm.methods import AdaBN, BatchNorm, BatchRenorm, IBNa, InstanceNorm, SwitchableNorm
 from jaxnorm.methods.running_covariance import RunningCovariance
-from jaxnorm.tools.adapter.kinds import keeps_statistics, spec_of
+from jaxnorm.tools.adapter.kinds import calls_as_its_kind, keeps_statistics, spec_of
 from jaxnorm.tools.adapter.models import LayerCall, Model, Path
 from jaxnorm.tools.adapter.norms import NORMS
 from jaxnorm.tools.folding.dataflow import Dataflow, Place, Step
-from jaxnorm.tools.folding.linear_layers import LINEAR, kept_axes
+from jaxnorm.tools.folding.linear_layers import LINEAR, kept_axes, pads_with_zeros
 
 FIXED_BY_FEATURE = (BatchNorm, BatchRenorm, AdaBN, InstanceNorm)
 """The methods that, if they keep statistics, scale and shift each feature by stored numbers."""
@@ -40,6 +40,7 @@ class Pair:
         keys: where in the model's arrays the variables are: `kernel`, the layer's `bias`, and the
             norm's `mean`, `var`, `scale` and `offset`, as far as there are any.
         dtype: that of the norm's result.
+        domain: that of the call, for a norm that has several.
     """
 
     norm: Place
@@ -49,6 +50,7 @@ class Pair:
     stacked: int
     keys: dict[str, Path]
     dtype: Any
+    domain: str | None
 
 
 class Pairing:
@@ -72,7 +74,7 @@ class Pairing:
     def _pair(self, places: list[Place]) -> Pair | str:
         """The pair that a norm is part of, or why it is part of none."""
         norm = places[0]
-        if reason := _not_fixed(norm.call):
+        if reason := _own_call(norm) or _not_fixed(norm.call):
             return reason
         if len(places) > 1:
             return f"it is called {len(places)} times"
@@ -99,8 +101,10 @@ class Pairing:
         if layer is None or not isinstance(layer.call.layer, LINEAR):
             return (
                 f"its input comes from {self._described(maker)}, not straight from a convolution "
-                f"or dense layer"
+                f"or dense layer{self._why_not_after(norm)}"
             )
+        if reason := _own_call(layer):
+            return reason
         begin = flow.steps[norm.begins]
         for array in arrays:
             others = [
@@ -112,6 +116,14 @@ class Pairing:
                 used = ", ".join(dict.fromkeys(map(self._described, others)))
                 return f"what {_name(layer)} makes is also used by {used}"
         return layer
+
+    def _why_not_after(self, norm: Place) -> str:
+        """For a norm before a convolution, why it does not go into that one, if it pads."""
+        users = self._flow.users(self._flow.steps[norm.ends].outputs[0])
+        after = self._flow.place(users[0]) if len(users) == 1 else None
+        if after is None or not pads_with_zeros(after.call.layer):
+            return ""
+        return f"; nor does it go into {_name(after)} after it, whose padding is not normalized"
 
     def _stored(
         self, norm: Place, layer: Place, kept: dict[int, int], axes: tuple[int, ...]
@@ -152,6 +164,7 @@ class Pairing:
             stacked=stacked.pop(),
             keys=keys,
             dtype=self._flow.shape(end.outputs[0]).dtype,
+            domain=_domain(norm.call),
         )
 
     def _described(self, step: Step | None) -> str:
@@ -179,6 +192,14 @@ def _with_statistics(model: Model) -> set[Path]:
     }
 
 
+def _own_call(place: Place) -> str | None:
+    """Why it is not known what a layer does: it is a user's subclass, with a call of its own."""
+    if calls_as_its_kind(place.call.layer):
+        return None
+    kind = type(place.call.layer).__name__
+    return f"{kind} has a __call__ of its own, so that it is not known what {_name(place)} does"
+
+
 def _not_fixed(call: LayerCall) -> str | None:
     """Why a norm is no fixed scale and shift of each feature, if it is none."""
     spec = spec_of(call.layer)
@@ -194,12 +215,19 @@ def _not_fixed(call: LayerCall) -> str | None:
     return None
 
 
+def _domain(call: LayerCall) -> str | None:
+    """The domain by which a norm that has several is called."""
+    spec = spec_of(call.layer)
+    if not isinstance(spec, AdaBN):
+        return None
+    return call.arguments.get("domain") or spec.domain or spec.domains[0]
+
+
 def _norm_variables(call: LayerCall) -> dict[str, str]:
     """The names of a norm's variables by what they are."""
     spec = spec_of(call.layer)
     names = {name: name for name in ("mean", "var", "scale", "bias")}
-    if isinstance(spec, AdaBN):
-        domain = call.arguments.get("domain") or spec.domain or spec.domains[0]
+    if isinstance(spec, AdaBN) and (domain := _domain(call)):
         features = sizes(call.x.shape, spec._feature_axes(call.x.ndim, "AdaBN"))
         slots = BatchNorm._slots(spec, features, False, "AdaBN")
         names |= spec._names(slots, domain)

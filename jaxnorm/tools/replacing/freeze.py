@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxnorm.tools.adapter.kinds import keeps_statistics, spec_of
 from jaxnorm.tools.adapter.models import Model, Path, model_of
-from jaxnorm.tools.adapter.norms import Only, chosen, norms_of
+from jaxnorm.tools.adapter.norms import UNREACHED, Only, Unreached, chosen, norms_of
 from jaxnorm.tools.replacing.frozen import frozen_layer
 
 
@@ -100,6 +100,9 @@ def freeze(
     layers = {}
     for path, layer in norms.items():
         name = "/".join(path)
+        if isinstance(layer, Unreached):
+            left[name] = UNREACHED
+            continue
         stored = statistics and keeps_statistics(spec_of(layer))
         params = tuple(sorted(known.params_of(path), reverse=True)) if affine else ()
         if stored or params:
@@ -132,7 +135,10 @@ def norm_mask(model: Any, *args: Any, only: Only = None, **kwargs: Any) -> Any:
 
     Raises:
         TypeError: no model; an `only` that is no text and no function.
-        ValueError: a Linen module without variables or without a call; no norm is meant.
+        ValueError: a Linen module without variables or without a call; no norm is meant; variables
+            that look like a chosen norm's, with statistics or a scale, of a Linen layer that the
+            example call does not reach. Call the model as in training, or if they are no norm's,
+            leave them out by `only`.
 
     Example:
         >>> import optax
@@ -177,12 +183,14 @@ def norm_labels(model: Any, *args: Any, only: Only = None, **kwargs: Any) -> Any
     return known.optimized({key: "norm" if key in mine else "other" for key in known.arrays})
 
 
-def decay_mask(model: Any, *args: Any, biases: bool = False, **kwargs: Any) -> Any:
+def decay_mask(
+    model: Any, *args: Any, only: Only = None, biases: bool = False, **kwargs: Any
+) -> Any:
     """Where weight decay belongs, as the `mask` of `optax.adamw` takes it.
 
     Args:
-        model, *args, **kwargs: as in `norm_mask`.
-        biases: whether parameters named `bias` decay too. Those of norms never do.
+        model, *args, only, **kwargs: as in `norm_mask`. Other norms count as layers of any kind.
+        biases: whether parameters named `bias` decay too. Those of chosen norms never do.
 
     Returns:
         A tree of booleans in the form of the parameters: True for those that decay.
@@ -201,7 +209,7 @@ def decay_mask(model: Any, *args: Any, biases: bool = False, **kwargs: Any) -> A
         (True, False, False)
         >>> optimizer = nnx.Optimizer(model, optax.adamw(1e-3, mask=mask), wrt=nnx.Param)
     """
-    known, mine = _norm_params(model, args, kwargs, None, "decay_mask")
+    known, mine = _norm_params(model, args, kwargs, only, "decay_mask")
     return known.optimized(
         {key: key not in mine and (biases or key[-1] != "bias") for key in known.arrays}
     )
@@ -213,6 +221,13 @@ def _norm_params(
     """A model, and which of its arrays are parameters of the chosen norms."""
     known = model_of(model, who)
     norms = chosen(norms_of(known, model, args, kwargs, who), only, who)
+    missed = ["/".join(path) for path, norm in norms.items() if isinstance(norm, Unreached)]
+    if missed:
+        raise ValueError(
+            f"{who}: {missed} have variables like norms, but are not called in the example call. "
+            f"Call the model as in training: {who}(model.bind(variables, rngs={{'dropout': key}}), "
+            f"x, train=True). If they are no norms: only=lambda path: path not in {missed}."
+        )
     return known, {key for path in norms for key in known.params_of(path).values()}
 
 

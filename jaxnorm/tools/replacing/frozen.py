@@ -10,6 +10,7 @@ segmentation), where the backbone's batch norms keep those of the pretraining.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -91,6 +92,13 @@ def frozen_layer(layer: Any, *, statistics: bool = True, affine: bool = False) -
     return freeze(layer) if isinstance(layer, nnx.Module) else freeze
 
 
+def has_frozen_affine(layer: Any) -> bool:
+    """Whether a layer is one that was frozen, and no gradient reaches its scale and bias."""
+    if isinstance(layer, nnx.Module):
+        return getattr(layer, "frozen_affine", False)
+    return isinstance(layer, Frozen) and layer.affine
+
+
 def _without_mode(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in MODE}
 
@@ -140,7 +148,27 @@ def _frozen(cls: type) -> type:
         return cls.__call__(_as_frozen(self), x, **arguments)
 
     functools.update_wrapper(__call__, cls.__call__)
-    return type(f"Frozen{cls.__name__}", (cls,), {"__call__": __call__, "__doc__": cls.__doc__})
+    body = {"__call__": __call__, "__doc__": cls.__doc__, "__reduce_ex__": reduced_by(_frozen, cls)}
+    return type(f"Frozen{cls.__name__}", (cls,), body)
+
+
+def reduced_by(make: Callable[[type], type], cls: type) -> Callable[[Any, Any], Any]:
+    """How pickle takes NNX layers of the class `make(cls)`, which has no name to be found by.
+
+    As layers of the class `cls`, whose class is made anew when they are read.
+    """
+
+    def reduce_ex(self: Any, _: Any) -> tuple[Any, ...]:
+        layer = object.__new__(cls)
+        vars(layer).update(vars(self))
+        return _made_anew, (make, layer)
+
+    return reduce_ex
+
+
+def _made_anew(make: Callable[[type], type], layer: Any) -> Any:
+    object.__setattr__(layer, "__class__", make(type(layer)))
+    return layer
 
 
 def _as_frozen(layer: Any) -> Any:

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxnorm.methods import BatchNorm
 from jaxnorm.tools.adapter.kinds import method_of, spec_of
 from jaxnorm.tools.adapter.models import Arrays, Model, Path, fresh, model_of
-from jaxnorm.tools.adapter.norms import Only, chosen, norms_of
+from jaxnorm.tools.adapter.norms import UNREACHED, Only, Unreached, chosen, is_norm, norms_of
 from jaxnorm.tools.replacing.fitting import initial, kept_of, misfit, slots_of
 from jaxnorm.tools.replacing.replacements import By, To
 
@@ -164,17 +164,26 @@ def replace(model: Any, by: By, *args: Any, only: Only = None, **kwargs: Any) ->
             f"synchronized('batch'), unsynchronized() or to('GroupNorm', num_groups=8)."
         )
     norms = norms_of(held, model, args, kwargs, who)
-    batch_norms = {path: norm for path, norm in norms.items() if method_of(norm) is BatchNorm}
+    batch_norms = {path: norm for path, norm in norms.items() if _is_batch_norm(norm)}
     if not batch_norms:
+        others = [
+            f"'{'/'.join(path)}' ({type(norm).__name__})"
+            for path, norm in norms.items()
+            if is_norm(norm)
+        ]
         raise ValueError(
-            f"{who}: found no batch norm among the norms {sorted(map('/'.join, norms))}. Give a "
-            f"model that has one and calls it, such as flax.nnx.BatchNorm."
+            f"{who}: found no batch norm, but {', '.join(others) or 'a model without norms'}. Give "
+            f"a model with a batch norm that it calls. The way back from other norms is that of "
+            f"the report that brought them: replaced.restored(model)."
         )
     calls = held.layers(lambda model: model(*args, **kwargs))
     arrays, dropped = dict(held.arrays), {}
     layers, changed, refused = {}, [], {}
     for path, layer in chosen(batch_norms, only, who).items():
         name, here = "/".join(path), calls.get(path, [])
+        if isinstance(layer, Unreached):
+            refused[name] = UNREACHED
+            continue
         if isinstance(by, To) and (reason := misfit(held, by, layer, here, path)):
             refused[name] = reason
             continue
@@ -200,6 +209,13 @@ def replace(model: Any, by: By, *args: Any, only: Only = None, **kwargs: Any) ->
             )
         )
     return Replaced(held.rebuilt(arrays, layers), tuple(changed), refused, held, fresh(dropped))
+
+
+def _is_batch_norm(norm: Any) -> bool:
+    """Whether a norm is a batch norm, or one by its variables, if it is not called."""
+    if isinstance(norm, Unreached):
+        return norm.names >= {"mean", "var"}
+    return method_of(norm) is BatchNorm
 
 
 def _variables_of(model: Model, path: Path) -> dict[str, Path]:

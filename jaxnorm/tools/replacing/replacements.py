@@ -23,7 +23,7 @@ from jaxnorm.core.devices import AxisName
 from jaxnorm.methods import METHODS, GroupNorm, IBNb, InstanceNorm, LayerNorm, RMSNorm
 from jaxnorm.methods.spec import Spec
 from jaxnorm.tools.adapter.kinds import keeps_statistics, spec_of
-from jaxnorm.tools.replacing.frozen import Freeze, Frozen
+from jaxnorm.tools.replacing.frozen import Freeze, Frozen, reduced_by
 
 SPECS = {method.name: method.spec for method in METHODS if issubclass(method.spec, Spec)}
 PER_EXAMPLE = (LayerNorm, RMSNorm, GroupNorm, InstanceNorm, IBNb)
@@ -261,7 +261,9 @@ def _called_like_batch_norm(cls: type) -> type:
         mode = dict(use_running_average=use_running_average, update_stats=update_stats)
         return cls.__call__(self, x, mask=mask, **_mode_for(self, mode))
 
-    return type(cls.__name__, (cls,), {"__call__": __call__, "__doc__": cls.__doc__})
+    reduce_ex = reduced_by(_called_like_batch_norm, cls)
+    body = {"__call__": __call__, "__doc__": cls.__doc__, "__reduce_ex__": reduce_ex}
+    return type(cls.__name__, (cls,), body)
 
 
 def _mode_for(layer: Any, mode: dict[str, Any]) -> dict[str, Any]:

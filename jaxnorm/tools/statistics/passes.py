@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxnorm.methods.accumulation import PREFIX
 from jaxnorm.tools.adapter.evidence import Blend, Collector, Estimate, Norm
 from jaxnorm.tools.adapter.models import Arrays, Model, Path, fresh, model_of
-from jaxnorm.tools.adapter.norms import Only, chosen
+from jaxnorm.tools.adapter.norms import Only
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 Call = Callable[[Any, Any], Any]
@@ -67,14 +67,14 @@ class Study:
         self._first, self._rest = self._opened(1)
         _check_values(self._first, self._model, who)
         self._collector = Collector(
-            self._model, lambda model: call(model, self._first), who, running_var
+            self._model, lambda model: call(model, self._first), who, running_var, only
         )
         if not self._collector.norms:
             raise ValueError(
                 f"{who}: the call reaches no norm with stored statistics. Give a model that has "
                 f"some, such as batch norms, and call it so that it uses them: call=..."
             )
-        self._norms: Mapping[Path, Norm] = chosen(self._collector.norms, only, who)
+        self._norms: Mapping[Path, Norm] = self._collector.norms
         self._step, self._merge = jax.jit(self._seen), jax.jit(self._together)
         self._finish = jax.jit(self._finished)
 
@@ -99,14 +99,19 @@ class Study:
         return arrays
 
     def _until_settled(self) -> Arrays:
-        """Each pass makes at least one more norm final; each step of a scan is a norm."""
+        """Each pass makes at least one more norm final; each step of a scan is a norm.
+
+        After as many passes, what still moves is the rounding of the norms before, which grows with
+        depth.
+        """
         arrays = self._model.arrays
         norms = sum(len(norm.rows) for norm in self._norms.values())
         # As many again and some, for a norm that sees what depends on its own output.
         most = 2 * norms + 10
         unsettled: list[Path] = []
         for number in range(1, most + 1):
-            arrays, unsettled = self._passed(arrays, number)
+            tolerance = ROUNDING if number <= norms else GROWN_ROUNDING
+            arrays, unsettled = self._passed(arrays, number, tolerance)
             if number >= norms or not unsettled:
                 self._check_finite(arrays)
             if not unsettled:
@@ -140,7 +145,7 @@ class Study:
     def _seen(self, arrays: Arrays, batch: Any) -> tuple[dict[Path, Any], Any]:
         """The evidence of a batch, and how many examples it has."""
         _, evidence, examples = self._observed(arrays, batch)
-        return {path: evidence[path] for path in self._norms}, examples
+        return evidence, examples
 
     def _observed(self, arrays: Arrays, batch: Any) -> tuple[Any, dict[Path, Any], jax.Array]:
         """What the call returns, the evidence of all norms, and the number of examples."""
@@ -230,6 +235,8 @@ def _alike(old: Estimate, new: Estimate, tolerance: ArrayLike) -> jax.Array:
     var = jnp.diagonal(spread, axis1=-2, axis2=-1) if joint else spread
     epsilon = jnp.finfo(var.dtype).eps
     allowed = jnp.asarray(tolerance, var.dtype) * epsilon
+    assert new.mean is not None
+    assert old.mean is not None
     mean_moved = jnp.abs(new.mean - old.mean)
     settled = mean_moved <= allowed * jnp.sqrt(var) + 4 * epsilon * jnp.abs(new.mean)
     scale = jnp.max(var, -1)[..., None, None] if joint else var
