@@ -133,7 +133,7 @@ def main(options: Options) -> Comparison:
         compiled = jax.jit(module.apply).lower(values, images).compile()
         logits.append(np.asarray(compiled(values, images)))
         calls.append(partial(compiled, values, images))
-        roots.append(compiled.as_text().count(" rsqrt("))
+        roots.append((compiled.as_text() or "").count(" rsqrt("))
     answers = [values.argmax(-1) for values in logits]
     before, after = seconds_in_turns(calls, rounds)
     accuracies = [float((found == data.test_labels).mean()) for found in answers]

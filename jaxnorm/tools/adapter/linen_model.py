@@ -30,7 +30,8 @@ class LinenModel(Model):
         self._module, variables = bound.unbind()
         self._boxes = _flat(variables)
         self.arrays = {path: meta.unbox(leaf) for path, leaf in self._boxes.items()}
-        self._frozen_dict = isinstance(variables.get("params"), FrozenDict)
+        # Optax takes trees for different whose containers are.
+        self._immutable = {name for name, c in variables.items() if isinstance(c, FrozenDict)}
 
     def key(self, path: Path, name: str) -> Path | None:
         """See `Model`."""
@@ -50,16 +51,17 @@ class LinenModel(Model):
     def optimized(self, values: Mapping[Path, Any]) -> Any:
         """See `Model`."""
         params = {key: values[key] for key in self.arrays if self.collection(key) == "params"}
-        tree = self._variables(params).get("params", {})
-        # Optax takes trees for different whose containers are.
-        return FrozenDict(tree) if self._frozen_dict else tree
+        return self._variables(params).get("params", {})
 
     def _variables(self, arrays: Arrays) -> dict[str, Any]:
         boxed = {
             path: meta.replace_boxed(self._boxes[path], leaf) if path in self._boxes else leaf
             for path, leaf in arrays.items()
         }
-        return unflatten_dict(boxed)
+        return {
+            name: FrozenDict(collection) if name in self._immutable else collection
+            for name, collection in unflatten_dict(boxed).items()
+        }
 
     def run(self, arrays: Arrays, run: Run, hook: Hook) -> Any:
         """See `Model`."""
