@@ -7,6 +7,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Scripts that write down what other frameworks return, and need these.
+collect_ignore_glob = ["record_*.py"]
+
+
 @pytest.fixture
 def quick_compile():
     """For tests of mathematics, where the time goes into compiling what runs once."""
