@@ -21,9 +21,8 @@ def inexact_array(x: ArrayLike, who: str) -> jax.Array:
         TypeError: `x` is no array, or holds integers or booleans, whose statistics would be
             rounded, or floating point numbers of 8 bits, which JAX does not promote.
     """
-    # A JAX array is left alone: under jax_debug_nans even a conversion to itself raises on NaN.
     try:
-        x = x if isinstance(x, jax.Array) else jnp.asarray(x)
+        x = as_array(x)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{who}: the input is {type(x).__name__}, which is no array. Pass an array of JAX or "
@@ -40,6 +39,15 @@ def inexact_array(x: ArrayLike, who: str) -> jax.Array:
             f"Widen it first: x.astype(jnp.bfloat16)."
         )
     return x
+
+
+def as_array(value: ArrayLike) -> jax.Array:
+    """`value` as a JAX array; one that is is left alone.
+
+    A conversion to itself takes as long as a small operation, and under `jax_debug_nans` raises on
+    NaN.
+    """
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
 def static_epsilon(epsilon: float, who: str) -> float:
@@ -87,7 +95,7 @@ def boolean_mask(where: ArrayLike | None, shape: tuple[int, ...], who: str) -> j
     """
     if where is None:
         return None
-    where = jnp.asarray(where)
+    where = as_array(where)
     if where.ndim == 0:
         raise ValueError(
             f"{who}: the mask is a single value, but must say of each element whether it counts. "
@@ -134,7 +142,7 @@ def feature_array(
     """
     if value is None:
         return None
-    value = jnp.asarray(value)
+    value = as_array(value)
     expected = sizes(shape, axes)
     if value.shape != expected:
         raise ValueError(

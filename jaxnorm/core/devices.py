@@ -128,6 +128,12 @@ def _varies_along(value: jax.Array) -> frozenset[str]:
     return jax.typeof(value).manual_axis_type.varying
 
 
+def varying_like(x: jax.Array, value: jax.Array) -> jax.Array:
+    """`value`, which under `shard_map` may be the same on all devices, as one of each device."""
+    missing = _varies_along(x) - _varies_along(value)
+    return lax.pcast(value, tuple(sorted(missing)), to="varying") if missing else value
+
+
 def is_bound(name: str) -> bool:
     """Whether an enclosing `pmap`, `shard_map` or `vmap` maps an axis of this name."""
     try:

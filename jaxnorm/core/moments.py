@@ -120,7 +120,7 @@ def moments_keeping_axes(
         count = 1.0 if where is None else where.astype(real)
         if not use_mean:
             return count, None, precision.abs_square(wide)
-        return count, wide, jnp.zeros((1,) * x.ndim, real)
+        return count, wide, 0.0
 
     parts = Parts(x.shape, axes, over)
     return Moments(*pooled(look, parts, shift if use_mean else None, epsilon))

@@ -11,6 +11,7 @@ from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, devices, placement
 from jaxnorm.core.fused import Hint, normalize_by, normalize_fused
+from jaxnorm.core.kernels.use import current_use
 from jaxnorm.core.moments import Moments, Stats, shift_along
 from jaxnorm.core.standardize import Plan, feature_along, result_dtype, stats_along
 
@@ -96,7 +97,7 @@ def normalize(
     bias = feature_along(bias, x.shape, axis, who, "bias")
     over = devices(axis_name, axis_index_groups, who)
     dtype = output_dtype(dtype, result_dtype(x, scale, bias), who)
-    plan = Plan(axes, checks.static_epsilon(epsilon, who), over, dtype, use_mean)
+    plan = Plan(axes, checks.static_epsilon(epsilon, who), over, dtype, use_mean, current_use())
     if shift is None and (over is not None or _on_several_devices(x, axes)):
         shift = 0.0
     hint = _hint(x, axes, shift, evidence, who)

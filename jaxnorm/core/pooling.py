@@ -33,8 +33,8 @@ from jaxnorm.core.devices import Devices, decide_alike, surely_equal
 Pooled = tuple[jax.Array, jax.Array | None, jax.Array]
 """Count, mean and variance."""
 
-Look = Callable[[], tuple[jax.Array | float, jax.Array | None, jax.Array]]
-"""Gives count, mean and variance of each part."""
+Look = Callable[[], tuple[jax.Array | float, jax.Array | None, jax.Array | float]]
+"""Gives count, mean and variance of each part. A number stands for all, and costs nothing."""
 
 NEAR = 8.0
 """How many standard deviations a shift may be off: it costs at most a factor 1 + 64 in rounding, so
@@ -85,7 +85,8 @@ class Parts:
             return value
         parts = ax.extent(self.shape, self.axes)
         copies = parts // ax.extent(value.shape, self.axes) if value.size else 1
-        return value.sum(self.axes, keepdims=True) * copies
+        total = value.sum(self.axes, keepdims=True)
+        return total if copies == 1 else total * copies
 
 
 def reciprocal(count: jax.Array | float) -> jax.Array | float:
@@ -105,7 +106,7 @@ def weighted_sums(
     no sum and no traffic.
     """
     if isinstance(count, float) and parts.number is not None:
-        (weighted,) = parts.sum(count * value)
+        (weighted,) = parts.sum(_times(count, value))
         return count * parts.number, weighted
     total, weighted = parts.sum(count * _ones(value), count * value)
     return total, weighted
@@ -118,7 +119,7 @@ def pooled(
 
     Args:
         look: gives the evidence of each part: its count, or one number for all; its mean, or None
-            about the origin; its variance, of size 1 where parts have the same. Each way of pooling
+            about the origin; its variance, or one number for all. Each way of pooling
             looks for itself: what a branch of the program shares with the rest is written out
             before, and a float32 copy of a bfloat16 array would be dear.
         parts: how they lie.
@@ -140,13 +141,15 @@ def _by_two_passes(look: Look, parts: Parts) -> Pooled:
     first estimate cancels out of the result, so no derivative needs to pass through it.
     """
     count, mean, var = look()
-    total, weighted = weighted_sums(count, var if mean is None else mean, parts)
+    values = var if mean is None else mean
+    assert isinstance(values, jax.Array)
+    total, weighted = weighted_sums(count, values, parts)
     share = reciprocal(total)
     if mean is None:
         return _with_count_of_var(total, None, weighted * share)
     pivot = lax.stop_gradient(weighted * share)
     offset = mean - pivot
-    first, second = parts.sum(count * offset, count * (var + precision.abs_square(offset)))
+    first, second = parts.sum(*_about(offset, count, var))
     first, second = first * share, second * share
     return _with_count_of_var(
         total, pivot + first, _clip_rounding(second - precision.abs_square(first))
@@ -171,12 +174,13 @@ def _by_one_pass(look: Look, parts: Parts, shift: jax.Array, epsilon: float) -> 
         return _by_two_passes(look, parts)
     shift = usable_shift(shift, mean, parts.over)
     offset = mean - shift
-    values = count * offset, count * (var + precision.abs_square(offset))
+    values = _about(offset, count, var)
     if isinstance(count, float) and parts.number is not None:
-        total = count * parts.number
+        total = own_total = count * parts.number
         first, second = parts.sum_by_group(*values)
     else:
         total, first, second = parts.sum_by_group(count * _ones(mean), *values)
+        own_total = parts.own(total)
     share = reciprocal(total)
     first, second = first * share, second * share
     new_var = _clip_rounding(second - precision.abs_square(first))
@@ -184,11 +188,12 @@ def _by_one_pass(look: Look, parts: Parts, shift: jax.Array, epsilon: float) -> 
     near = precision.abs_square(first) <= NEAR**2 * (new_var + epsilon)
     near = (near & jnp.isfinite(new_var)).all()
 
-    def one_pass() -> Pooled:
-        rows = _with_count_of_var(total, jnp.expand_dims(shift, 0) + first, new_var)
-        return jax.tree.map(parts.own, rows)
-
-    return lax.cond(near, one_pass, lambda: _by_two_passes(look, parts))
+    new_mean, new_var = shift + parts.own(first), parts.own(new_var)
+    # No more than it decides passes through the branches, whose every operand costs compile time.
+    new_mean, new_var = lax.cond(
+        near, lambda: (new_mean, new_var), lambda: _by_two_passes(look, parts)[1:]
+    )
+    return _with_count_of_var(own_total, new_mean, new_var)
 
 
 def pooled_given(
@@ -248,8 +253,26 @@ def usable_shift(shift: jax.Array, mean: jax.Array, over: Devices | None) -> jax
 
 def _with_count_of_var(count: jax.Array | float, mean: jax.Array | None, var: jax.Array) -> Pooled:
     """The count of the shape of the variance."""
+    if isinstance(count, float):
+        return jnp.full_like(var, count), mean, var
     # Added to zeros of the variance, it has also its sharding, on meshes with explicit axes.
-    return jnp.zeros_like(var) + jnp.asarray(count, var.dtype), mean, var
+    return jnp.zeros_like(var) + count, mean, var
+
+
+def _about(
+    offset: jax.Array, count: jax.Array | float, var: jax.Array | float
+) -> tuple[jax.Array, jax.Array]:
+    """What each part adds to the sums of its first and second moments about some point."""
+    square = precision.abs_square(offset)
+    return _times(count, offset), _times(count, square if _is(0.0, var) else var + square)
+
+
+def _times(count: jax.Array | float, value: jax.Array) -> jax.Array:
+    return value if _is(1.0, count) else count * value
+
+
+def _is(number: float, value: jax.Array | float) -> bool:
+    return isinstance(value, float) and value == number
 
 
 def _ones(value: jax.Array) -> jax.Array:

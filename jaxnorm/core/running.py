@@ -221,24 +221,44 @@ def update_running(
     if updates is not None:
         updates = jnp.asarray(updates)
         _same_shape(updates, old.var, "a count of updates", "update_running")
+    if updates is None and (momentum is None or debias):
+        raise ValueError(
+            f"update_running: {'debias=True' if debias else 'momentum=None'} depends on how many "
+            f"batches were seen before. Pass updates=jnp.zeros({old.var.shape}, jnp.int32) at the "
+            f"start, and what this function returns from then on."
+        )
+    # The rest is taken here, while a momentum that is a Python number has all its digits.
+    rest = None if momentum is None else 1 - momentum
+    return _updated(old, batch, updates, momentum, rest, debias, ddof, skip_nonfinite)
+
+
+@jax.jit(static_argnames=("debias", "ddof", "skip_nonfinite"), inline=True)
+def _updated(
+    old: Stats,
+    batch: Moments,
+    updates: jax.Array | None,
+    momentum: ArrayLike | None,
+    rest: ArrayLike | None,
+    debias: bool,
+    ddof: int,
+    skip_nonfinite: bool,
+) -> tuple[Stats, jax.Array | None]:
+    """`update_running` after the door, as one program where nothing else is jitted."""
     batch = placed_like(old, batch)
     moved = batch.count > ddof
     if skip_nonfinite:
         moved &= all_finite(batch)
 
     new = batch.stats(ddof)
-    if momentum is not None and not debias:
-        blended = ema(old, new, momentum)
-    elif updates is None:
-        raise ValueError(
-            f"update_running: {'debias=True' if debias else 'momentum=None'} depends on how many "
-            f"batches were seen before. Pass updates=jnp.zeros({old.var.shape}, jnp.int32) at the "
-            f"start, and what this function returns from then on."
-        )
-    elif momentum is None:
+    if momentum is None:
+        assert updates is not None
         blended = cumulative_average(old, new, updates)
-    else:
+    elif debias:
+        assert updates is not None
         blended = debiased_ema(old, new, momentum, updates)
+    else:
+        assert rest is not None
+        blended = _blend(old, new, momentum, rest, "ema")
     counted = None if updates is None else updates + moved.astype(updates.dtype)
     return jax.tree.map(partial(jnp.where, moved), blended, old), counted
 

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import Devices
+from jaxnorm.core.kernels.use import Use
 from jaxnorm.core.moments import Moments, Stats, clean, moments_keeping_axes
 
 
@@ -28,6 +29,7 @@ class Plan(NamedTuple):
         over: mapped axes over which moments are pooled as well, or None.
         dtype: dtype of the result.
         use_mean: whether the mean is taken off; if not, the variance is about the origin.
+        kernels: whether kernels may take the place of the specification, see `use_kernels`.
     """
 
     axes: tuple[int, ...]
@@ -35,6 +37,7 @@ class Plan(NamedTuple):
     over: Devices | None
     dtype: Any
     use_mean: bool = True
+    kernels: Use = "automatic"
 
 
 def normalize_plainly(

@@ -78,27 +78,27 @@ class Shell(nn.Module):
         """Creates or finds the variables of `slots`; returns their values by name."""
         values = {}
         for name, (collection, shape, dtype, init) in slots.items():
-            self._check_shape(collection, name, shape, found_in_input)
-            if collection == "params":
+            if self.has_variable(collection, name):
+                # Not by `param`, which traces the initializer at each call, for the shape alone.
+                values[name] = self._found(collection, name, shape, found_in_input)
+            elif collection == "params":
                 values[name] = self.param(name, init, shape, dtype)
             else:
-                cell = self.variable(collection, name, init, None, shape, dtype)
-                values[name] = cell.value
+                values[name] = self.variable(collection, name, init, None, shape, dtype).value
         return values
 
-    def _check_shape(
+    def _found(
         self: Any, collection: str, name: str, shape: tuple[int, ...], found_in_input: str
-    ) -> None:
-        if not self.has_variable(collection, name):
-            return
-        found = jnp.shape(nn.unbox(self.get_variable(collection, name)))
-        if found != shape:
+    ) -> Any:
+        value = nn.unbox(self.get_variable(collection, name))
+        if jnp.shape(value) != shape:
             raise ValueError(
-                f"{self._who}: '{name}' in '{collection}' was created with shape {found}, but "
-                f"{found_in_input}, which needs shape {shape}. Give the layer the kind of input it "
-                f"was initialized with, or initialize it anew; where the features are is set by "
-                f"{self._axis_option}=..."
+                f"{self._who}: '{name}' in '{collection}' was created with shape "
+                f"{jnp.shape(value)}, but {found_in_input}, which needs shape {shape}. Give the "
+                f"layer the kind of input it was initialized with, or initialize it anew; where "
+                f"the features are is set by {self._axis_option}=..."
             )
+        return value
 
     def _check_updates(self: Any, slot: Slot) -> None:
         """Without a count the statistics would pass for their starting values, and be dropped."""

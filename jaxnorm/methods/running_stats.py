@@ -132,12 +132,12 @@ class RunningStats(Spec):
         `ddof` is what is taken off the count in its variance, by default what the options say.
         """
         check_width({"mean": stored.mean, "var": stored.var}, who)
-        batch = placed_like(stored, lax.stop_gradient(batch))
+        batch = lax.stop_gradient(batch)
         if self.update_every == 1:
             return self._blended(values, stored, batch, ddof)
         due, pending = accumulate(
             values,
-            batch,
+            placed_like(stored, batch),
             self.update_every,
             merge=self._merged,
             skip_nonfinite=self.skip_nonfinite,

@@ -138,10 +138,12 @@ class Shell(nnx.Module):
         array = checks.inexact_array(x, self._who)
         features, flat = self._feature_sizes(array), self._features()
         variables = self._variables()
-        values = {
-            name: v[...].reshape(features) if v.shape == flat != features else v[...]
-            for name, v in variables.items()
-        }
+        values = {name: variable[...] for name, variable in variables.items()}
+        if flat != features:
+            values = {
+                name: value.reshape(features) if value.shape == flat else value
+                for name, value in values.items()
+            }
         if self.promote_dtype is not None:
             array, values = self._promoted(array, values)
         dtype = self.dtype
@@ -152,7 +154,8 @@ class Shell(nnx.Module):
             values, array, mask, dtype, self._who, initializing=False, **mode
         )
         for name, value in changed.items():
-            variables[name][...] = value.reshape(variables[name].shape)
+            shape = variables[name].shape
+            variables[name][...] = value if value.shape == shape else value.reshape(shape)
         return y
 
     def _promoted(self: Any, x: jax.Array, values: dict[str, jax.Array]):

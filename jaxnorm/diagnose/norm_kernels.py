@@ -1,0 +1,112 @@
+"""Which form of each normalization a program takes on a platform: a kernel or the specification.
+
+Use it to see what a model gets on the devices it is meant for, without having them, and why.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
+
+from jaxnorm.core.fused import SPECIFICATION
+from jaxnorm.core.kernels import choice, primitives
+
+
+class NormKernel(NamedTuple):
+    """The form of one normalization.
+
+    Attributes:
+        shape: of its input.
+        dtype: of its input, by name.
+        axes: along which moments are taken; of group norm, with the features divided into groups.
+        kernel: name of the kernel, for example "rows_tpu"; None for the specification.
+        why: the reason, in words.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[int, ...] | None
+    kernel: str | None
+    why: str
+
+
+def norm_kernels(
+    function: Callable[..., Any],
+    *args: Any,
+    platform: str | None = None,
+    devices: int = 1,
+    **kwargs: Any,
+) -> tuple[NormKernel, ...]:
+    """The form that each normalization in a function takes, in the order of their calls.
+
+    Args:
+        function: what would be given to `jax.jit`, for example a model's forward pass or a whole
+            training step; it is traced and not run.
+        *args: its arguments, arrays or `jax.ShapeDtypeStruct`.
+        platform: `"cpu"`, `"tpu"` or `"cuda"`; None for the default backend's. It need not be
+            there.
+        devices: on how many devices one call runs. On more than one the compiler divides the
+            program, but for what is inside `jax.shard_map`.
+        **kwargs: further arguments of `function`.
+
+    Returns:
+        One `NormKernel` for each normalization by the moments of its input. Those by given
+        statistics, and normalizations of weights, have one form only and are left out.
+
+    Raises:
+        ValueError: `platform` is none of these.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxnorm
+        >>> from jaxnorm.diagnose import norm_kernels
+        >>> x = jax.ShapeDtypeStruct((4096, 768), jnp.bfloat16)
+        >>> [one.kernel for one in norm_kernels(jaxnorm.layer_norm, x, platform="cpu")]
+        ['rows_cpu']
+    """
+    who = "norm_kernels"
+    platform = platform or ("cuda" if jax.default_backend() == "gpu" else jax.default_backend())
+    if platform not in choice.PLATFORMS:
+        raise ValueError(
+            f"{who}: platform={platform!r} is none of {', '.join(map(repr, choice.PLATFORMS))}. "
+            f"Name the platform that the program is for: platform='tpu'."
+        )
+
+    def traced_anew(*args, **kwargs):
+        # JAX keeps what it has traced, whatever `use_kernels` said then.
+        return function(*args, **kwargs)
+
+    jaxpr = jax.make_jaxpr(traced_anew)(*args, **kwargs).jaxpr
+    return tuple(_found(jaxpr, platform, devices > 1))
+
+
+def _found(jaxpr: Jaxpr, platform: str, divided: bool) -> Iterator[NormKernel]:
+    for equation in jaxpr.eqns:
+        inner = [getattr(one, "jaxpr", one) for one in jaxprs_in_params(equation.params)]
+        within = divided and equation.primitive.name != "shard_map"
+        if equation.primitive is primitives.normalize.primitive:
+            yield _by_choice(equation, platform, divided)
+        elif (why := _specification(equation, inner)) is not None:
+            x: Any = equation.invars[0].aval
+            yield NormKernel(x.shape, x.dtype.name, None, None, why)
+        else:
+            for one in inner:
+                yield from _found(one, platform, within)
+
+
+def _by_choice(equation: JaxprEqn, platform: str, divided: bool) -> NormKernel:
+    plan = equation.params["plan"]
+    values = [one.aval for one in equation.invars]
+    (inputs,) = jax.tree.unflatten(equation.params["structure"], values)
+    x = inputs.x
+    found = choice.choose(platform, plan, primitives.layout(plan, inputs), x.dtype, divided)
+    kernel = None if found.form is None else found.form.__name__.rpartition(".")[2]
+    return NormKernel(x.shape, x.dtype.name, plan.axes, kernel, found.why)
+
+
+def _specification(equation: JaxprEqn, inner: list[Jaxpr]) -> str | None:
+    """Why it was taken, if the equation is a normalization by it."""
+    if equation.primitive.name != "custom_jvp_call" or not inner or not inner[0].eqns:
+        return None
+    scope = str(inner[0].eqns[0].source_info.name_stack)
+    return scope.rpartition(SPECIFICATION)[2] if SPECIFICATION in scope else None
