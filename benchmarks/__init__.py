@@ -1,0 +1,1 @@
+"""Speed, memory and overheads of this library beside others: `python -m benchmarks`."""
