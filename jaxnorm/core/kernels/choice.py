@@ -54,7 +54,7 @@ def choose(
 
 
 def _on_cpu(layout: Layout, *_: Any) -> Choice:
-    return Choice(_module(f"{layout.kind}_cpu"), "in blocks that fit the caches of the cores")
+    return Choice(_module(f"{layout.kind}_cpu"), "fewer arrays are written out")
 
 
 def _on_tpu(layout: Layout, dtype: Any, direction: Direction, always: bool) -> Choice:

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxnorm.core.kernels.blocks_cpu import block_size, in_blocks
+from jaxnorm.core.kernels.sample import of_sample
+
+LARGE = 1 << 17
+"""How many numbers make it worth while that a product with a vector takes longer to compile."""
 
 
 def forward(
@@ -28,27 +31,22 @@ def forward(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """y, mean and var of [rows, features]; arguments and results as in `rows_tpu.forward`."""
     share = 1 / x.shape[1]
-
-    def of_rows(x, scale, bias):
-        mean, centred = None, x.astype(jnp.float32)
-        if use_mean:
-            pivot = centred.sum(1, keepdims=True) * share
-            offset = centred - pivot
-            rest = offset.sum(1, keepdims=True) * share
-            var = jnp.maximum((offset * offset).sum(1, keepdims=True) * share - rest * rest, 0)
-            mean = pivot + rest
-            centred = centred - mean
-        else:
-            var = (centred * centred).sum(1, keepdims=True) * share
-        y = centred * lax.rsqrt(var + epsilon)
-        if scale is not None:
-            y = y * scale.astype(jnp.float32)[None]
-        if bias is not None:
-            y = y + bias.astype(jnp.float32)[None]
-        return y.astype(dtype), mean, var
-
-    summed = False, False if use_mean else None, False
-    return in_blocks(of_rows, x, scale, bias, summed=summed, block=block_size(x.shape))
+    mean, centred = None, x.astype(jnp.float32)
+    if use_mean:
+        shift = of_sample(x, 1)
+        offset = centred - shift
+        rest = offset.sum(1, keepdims=True) * share
+        var = jnp.maximum((offset * offset).sum(1, keepdims=True) * share - rest * rest, 0)
+        mean = shift + rest
+        centred = centred - mean
+    else:
+        var = (centred * centred).sum(1, keepdims=True) * share
+    y = centred * lax.rsqrt(var + epsilon)
+    if scale is not None:
+        y = y * scale.astype(jnp.float32)[None]
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)[None]
+    return y.astype(dtype), mean, var
 
 
 def backward(
@@ -63,25 +61,27 @@ def backward(
     """dx, dscale and dbias; arguments and results as in `rows_tpu.backward`."""
     share = 1 / x.shape[1]
     weights = jnp.ones(x.shape[1:], jnp.float32) if scale is None else scale.astype(jnp.float32)
-
-    def of_rows(rows, weights):
-        x, mean, rstd, dy = rows
-        centred, wide = x.astype(jnp.float32), dy.astype(jnp.float32)
-        if mean is not None:
-            centred = centred - mean
-        products = wide * centred
-        slope = _dot(products, weights)[:, None] * share * rstd * rstd
-        dx = wide * weights[None] - centred * slope
-        if mean is not None:
-            dx = dx - _dot(wide, weights)[:, None] * share
-        dscale = None if scale is None else _dot(rstd[:, 0], products)
-        dbias = wide.sum(0) if with_bias else None
-        return (dx * rstd).astype(x.dtype), dscale, dbias
-
-    summed = False, None if scale is None else True, True if with_bias else None
-    rows = x, mean, rstd, dy
-    return in_blocks(of_rows, rows, weights, summed=summed, block=block_size(x.shape))
+    centred, wide = x.astype(jnp.float32), dy.astype(jnp.float32)
+    if mean is not None:
+        centred = centred - mean
+    products = wide * centred
+    dx = wide * weights[None] - centred * (_along_rows(products, weights) * share * rstd * rstd)
+    if mean is not None:
+        dx = dx - _along_rows(wide, weights) * share
+    dscale = None if scale is None else _over_rows(products, rstd)
+    dbias = wide.sum(0) if with_bias else None
+    return (dx * rstd).astype(x.dtype), dscale, dbias
 
 
-def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.dot(left, right, precision=lax.Precision.HIGHEST)
+def _along_rows(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """The sum of each row by weights of the features, [rows, 1]."""
+    if values.size < LARGE:
+        return (values * weights[None]).sum(1, keepdims=True)
+    return jnp.dot(values, weights, precision=lax.Precision.HIGHEST)[:, None]
+
+
+def _over_rows(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """The sum over rows by weights of the rows, [rows, 1]."""
+    if values.size < LARGE:
+        return (values * weights).sum(0)
+    return jnp.dot(weights[:, 0], values, precision=lax.Precision.HIGHEST)
