@@ -62,7 +62,7 @@ def never_slower(results: Results) -> Goal | None:
 
 
 def torch(results: Results) -> Goal | None:
-    """The training step against PyTorch, of which the issue asks nothing."""
+    """The training step against PyTorch, for which no goal is set."""
     mean = mean_ratio(results.chosen("training"), TORCH)
     if math.isnan(mean):
         return None

@@ -33,6 +33,8 @@ COLUMNS = {
 FOOTER = """
 *State* are the variables beside the parameters; in brackets those that an option adds. *Mask*: what
 a mask may tell apart. *Derivatives* of the result, by input and parameters; tested to second order.
+
+Layer, RMS, group and instance norm run as kernels where these serve: [kernels.md](kernels.md).
 """
 
 

@@ -14,6 +14,7 @@ from jaxnorm.core.covariance import Comoments as Comoments
 from jaxnorm.core.covariance import JointStats as JointStats
 from jaxnorm.core.covariance import merge_comoments as merge_comoments
 from jaxnorm.core.covariance import pool_comoments as pool_comoments
+from jaxnorm.core.kernels.use import use_kernels as use_kernels
 from jaxnorm.core.moments import Moments as Moments
 from jaxnorm.core.moments import Stats as Stats
 from jaxnorm.core.moments import merge as merge

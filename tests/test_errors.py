@@ -21,6 +21,7 @@ from freeze_mistakes import ROWS as WITH_FREEZING
 from ghost_mistakes import ROWS as WITH_GHOST_BATCHES
 from import_frameworks_mistakes import ROWS as WITH_OTHER_IMPORTS
 from import_mistakes import ROWS as WITH_IMPORTS
+from kernel_mistakes import ROWS as WITH_KERNELS
 from method_mistakes import MISTAKES_WITH_METHODS
 from mistakes import DOORS, KEY, MISTAKES_AT_DOORS, SHAPE, Call, Row
 from models_mistakes import ROWS as WITH_MODELS
@@ -58,6 +59,7 @@ ROWS = [
     *WITH_POPULATIONS,
     *WITH_IMPORTS,
     *WITH_OTHER_IMPORTS,
+    *WITH_KERNELS,
     *WITH_FREEZING,
     *WITH_FOLDING,
     *WITH_GHOST_BATCHES,

@@ -28,7 +28,8 @@ def test_code_runs(block):
     exec(compile(block, "README.md", "exec"), {})
 
 
-PAGES = [REPOSITORY / "docs" / "devices.md", *sorted((REPOSITORY / "docs" / "tools").glob("*.md"))]
+DOCS = REPOSITORY / "docs"
+PAGES = [DOCS / "devices.md", DOCS / "kernels.md", *sorted((DOCS / "tools").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -102,7 +103,7 @@ def test_ci_runs_the_commands_of_the_readme():
         assert command in script, command
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/devices.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/devices.md", "docs/kernels.md"])
 def test_links_lead_somewhere(page):
     folder, text = (REPOSITORY / page).parent, (REPOSITORY / page).read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):

@@ -14,8 +14,8 @@ SHAPE = (64, 8, 8, 32)
 
 def share_of_input(function, x, *others):
     """Bytes of all arrays that the vjp of `function` holds, over the bytes of `x`."""
-    _, vjp = jax.vjp(function, x, *others)
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(vjp)) / x.nbytes
+    vjp = jax.eval_shape(lambda *arrays: jax.vjp(function, *arrays)[1], x, *others)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(vjp)) / x.nbytes
 
 
 def pure(x, scale, bias):
@@ -98,18 +98,49 @@ def test_the_row_norms_keep_less_than_flaxs(name, flax_keeps):
     assert kept(nn) >= flax_keeps - 0.1
 
 
-def residuals_in_scan(layer_class):
+# The methods that take moments of their input alone, as rows, slabs, or columns of the batch.
+OF_MOMENTS = {
+    "BatchNorm": dict(use_running_average=False),
+    "LayerNorm": {},
+    "RMSNorm": {},
+    "GroupNorm": dict(num_groups=8),
+    "InstanceNorm": {},
+    "BatchRenorm": dict(use_running_average=False),
+    "AdaBN": dict(use_running_average=False, domains=("one", "other")),
+    "IBNb": {},
+}
+CALLS = {"AdaBN": dict(domain="one")}
+
+
+@pytest.mark.parametrize("use", ["always", "never"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", OF_MOMENTS)
+def test_residuals_are_the_input_for_every_method(name, dtype, use):
+    x = jnp.ones((8, 16, 16, 256), dtype)
+    layer = getattr(jaxnorm.linen, name)(**OF_MOMENTS[name], dtype=dtype)
+    call = CALLS.get(name, {})
+    variables = layer.init(jax.random.key(0), x, **call)
+    params = variables.pop("params")
+
+    def apply(x, params):
+        return layer.apply(variables | {"params": params}, x, mutable=[*variables], **call)[0]
+
+    with jaxnorm.use_kernels(use):
+        assert 1 <= share_of_input(apply, x, params) <= 1.03
+
+
+def residuals_in_scan(layer_class, **options):
     """The same for a stack of scanned layers, where XLA cannot recompute on its own."""
 
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x, _):
-            return layer_class(use_running_average=False, dtype=x.dtype)(x), None
+            return layer_class(**options, dtype=x.dtype)(x), None
 
     stack = nn.scan(
         Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=4
     )()
-    x = jnp.ones((64, 8, 8, 32), jnp.bfloat16)
+    x = jnp.ones((4, 16, 16, 128), jnp.bfloat16)
     variables = stack.init(jax.random.key(0), x, None)
 
     def apply(x):
@@ -118,6 +149,15 @@ def residuals_in_scan(layer_class):
     return share_of_input(apply, x)
 
 
-def test_scanned_layers_keep_one_input_each():
-    assert residuals_in_scan(jaxnorm.linen.BatchNorm) <= 4.2
-    assert residuals_in_scan(nn.BatchNorm) >= 15
+@pytest.mark.parametrize("use", ["always", "never"])
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"])
+def test_scanned_layers_keep_one_input_each(name, use):
+    with jaxnorm.use_kernels(use):
+        assert 4 <= residuals_in_scan(getattr(jaxnorm.linen, name), **OF_MOMENTS[name]) <= 4.2
+
+
+@pytest.mark.parametrize(
+    ("name", "flax_keeps"), [("BatchNorm", 16), ("LayerNorm", 24), ("RMSNorm", 24)]
+)
+def test_flaxs_scanned_layers_keep_more(name, flax_keeps):
+    assert residuals_in_scan(getattr(nn, name), **OF_MOMENTS[name]) >= flax_keeps

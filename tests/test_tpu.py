@@ -1,13 +1,16 @@
-"""What a batch norm sends between the chips of a TPU, read off programs compiled without one.
+"""What norms cost on TPUs, read off programs compiled without one.
 
-One all-reduce forward and one backward, of two vectors, or of three where a mask makes the number
-of elements a matter of the data. What runs only when some mean is far from the running one is in
-branches, and not counted.
+Between chips, a batch norm sends one all-reduce forward and one backward, of two vectors, or of
+three where a mask makes the number of elements a matter of the data. Within one, a training step
+moves a certain number of times the bytes of its input. What runs only when some mean is far from
+the running one is in branches, and not counted.
 """
 
 import importlib.util
 import math
 import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,11 @@ from jax.sharding import PartitionSpec as P
 
 import jaxnorm
 from jaxnorm.diagnose import collectives
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.tpu import candidates as names
+from benchmarks.tpu import costs
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -127,3 +135,33 @@ def test_one_all_reduce_forward_and_one_backward(context, mask, mesh):
     shape, forward = MASKS[mask]
     assert sent(function, mesh, shape, backward=False) == [forward]
     assert sent(function, mesh, shape, backward=True) == [forward, VECTORS]
+
+
+# A step moves x in and y out, forward; x and dy in and dx out, backward. What reduces over rows or
+# slabs and then uses them reads x twice each way, unless it holds them in between, as kernels do.
+MOVED = [
+    ("BatchNorm", names.OURS, 7.0),
+    ("LayerNorm", names.OURS, 7.0),
+    ("LayerNorm", names.ALWAYS, 5.0),
+    ("RMSNorm", names.OURS, 7.0),
+    ("RMSNorm", names.ALWAYS, 5.0),
+    ("GroupNorm", names.ALWAYS, 5.0),
+    ("InstanceNorm", names.ALWAYS, 5.0),
+]
+
+
+def moved(method, name):
+    """Bytes between one chip and its memory, over those of x."""
+    (candidate,) = (one for one in names.METHODS[method] if one.name == name)
+    return costs.cost_of(candidate, costs.mesh_of(1)).hbm.always
+
+
+@pytest.mark.parametrize(("method", "name", "times_x"), MOVED)
+def test_bytes_moved(method, name, times_x, without_a_tpu):
+    assert moved(method, name) == pytest.approx(times_x, rel=0.005)
+
+
+@pytest.mark.slow  # Convolutions take a minute to compile.
+def test_a_convnet_moves_no_more_than_with_flaxs_unstable_variance(without_a_tpu):
+    ours, flax = (moved("ConvNet, BatchNorm", name) for name in (names.OURS, names.FLAX_FAST))
+    assert ours <= 1.005 * flax

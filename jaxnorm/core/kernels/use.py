@@ -3,24 +3,24 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Literal, get_args
+
+import jax
 
 Use = Literal["automatic", "always", "never"]
 
 VARIABLE = "JAXNORM_KERNELS"
 """Environment variable with the use outside of any `use_kernels`."""
 
-_use: ContextVar[Use | None] = ContextVar("use", default=None)
+_use = jax.make_user_context(default_value=None)  # functions traced under another are traced anew
 
 
 @contextlib.contextmanager
 def use_kernels(use: Use) -> Iterator[None]:
     """Whether kernels may take the place of the specification, in what is traced inside.
 
-    Results and derivatives are the same either way, up to rounding; speed and memory differ. What
-    `jax.jit` has traced before keeps its kernels. For a whole program, set the environment variable
-    `JAXNORM_KERNELS` to one of these words.
+    Results and derivatives are the same either way, up to rounding; speed and memory differ. For a
+    whole program, set the environment variable `JAXNORM_KERNELS` to one of these words.
 
     Args:
         use: `"automatic"`, the default, takes a kernel where whole models were measured to be
@@ -36,16 +36,13 @@ def use_kernels(use: Use) -> Iterator[None]:
         >>> y.round(3).tolist()
         [[-1.0, 1.0]]
     """
-    token = _use.set(_checked(use, "use_kernels: use"))
-    try:
+    with _use(_checked(use, "use_kernels: use")):
         yield
-    finally:
-        _use.reset(token)
 
 
 def current_use() -> Use:
     """What was asked for where a function is traced."""
-    return _use.get() or _checked(os.environ.get(VARIABLE, "automatic"), VARIABLE)
+    return _use.value or _checked(os.environ.get(VARIABLE, "automatic"), VARIABLE)
 
 
 def _checked(use: str, what: str) -> Use:
