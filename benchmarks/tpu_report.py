@@ -201,7 +201,7 @@ def missing() -> str:
 
 
 def main(options: Options) -> None:
-    """Compiles everything, then writes and prints the report."""
+    """Compiles everything, prints each row as it is known, and writes the report."""
     if importlib.util.find_spec("libtpu") is None:
         sys.exit(missing())
     known = [*METHODS, *MODELS]
@@ -217,6 +217,7 @@ def main(options: Options) -> None:
         costs = pool.map(lambda job: cost_of(job.candidate, meshes[job.chips]), jobs)
         for job, cost in zip(jobs, track(costs, "compiling", total=len(jobs)), strict=True):
             tables.setdefault(job.chips, []).append(row(job, cost))
+            print(f"{job.chips} chips:", *row(job, cost), sep=" | ", flush=True)
             if job.chips == 1:
                 on_one[job.method, job.candidate.name] = cost
     on_cpu = {}
@@ -233,7 +234,7 @@ def main(options: Options) -> None:
     out = options.out or REPOSITORY / "benchmarks" / "results" / f"{date}-tpu.md"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(lines))
-    print(*lines, f"\nwritten to {out}", sep="\n")
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_reasons_for_the_specification(name):
 
 def test_float64(x64):
     x = array(4, 8, dtype=jnp.float64)
-    assert reason(jaxnorm.layer_norm, x) == "numbers wider than float32"
+    assert reason(jaxnorm.layer_norm, x) == "complex numbers, or wider than float32"
 
 
 def test_statistics_of_several_devices():

@@ -60,7 +60,7 @@ def _without_kernels(plan: Plan, x, scale, bias, where, hint: Hint) -> str | Non
     if hint is not None:
         return "moments or an estimate of them are given"
     if any(jnp.iscomplexobj(one) or one.dtype.itemsize > 4 for one in arrays):
-        return "numbers wider than float32"
+        return "complex numbers, or wider than float32"
     if any(placement(x)):
         return "explicit mesh axes"
     if kernels.layout(plan, kernels.Inputs(x, scale, bias)) is None:
