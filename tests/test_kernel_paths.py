@@ -406,3 +406,43 @@ def test_a_mean_of_ten_thousand_standard_deviations(name, form, monkeypatch):
     for one, right in zip(found, expected, strict=True):
         right = right.reshape(one.shape)
         np.testing.assert_allclose(one, right, 0, 2e-3 * np.abs(right).max())
+
+
+@pytest.mark.parametrize("norm", [jaxnorm.layer_norm, partial(jaxnorm.group_norm, num_groups=1)])
+def test_parameters_of_each_device_for_an_input_of_all(norm):
+    """What varies along a mesh axis decides what gradients sum over it."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    x, scales = jnp.arange(8.0).reshape(2, 4) ** 2, jnp.arange(32.0).reshape(8, 4) / 9
+
+    def of_device(x, scale):
+        return lax.psum((norm(x, scale[0]) ** 3).sum(), "d")
+
+    def of_all(x, scales):
+        return jax.vmap(lambda scale: (norm(x, scale) ** 3).sum())(scales).sum()
+
+    mapped = jax.shard_map(of_device, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
+    found, expected = (jax.grad(one, (0, 1))(x, scales) for one in (mapped, of_all))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", [jaxnorm.layer_norm, partial(jaxnorm.group_norm, num_groups=2)])
+def test_large_numbers_with_small_gradients(norm):
+    """Powers of the standard deviation would be none in float32."""
+    rng = np.random.default_rng(0)
+    x, dy = (rng.normal(size=(2, 3, 2, 4)).astype(np.float32) for _ in range(2))
+
+    def gradient(factor, small):
+        return jax.vjp(norm, factor * x)[1](small * dy)[0] * (factor / small)
+
+    np.testing.assert_allclose(gradient(1e16, 1e-6), gradient(1.0, 1.0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["b, 256", "b, 4, 4, 64"])
+def test_symbolic_sizes_take_the_specification(shape):
+    pytest.importorskip("flatbuffers")
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
+    norm = jax.jit(jax.grad(lambda x: (jaxnorm.group_norm(x) ** 3).sum()))
+    program = jax.export.export(norm)(x)
+    example = jax.random.normal(jax.random.key(0), (3, *x.shape[1:]))
+    np.testing.assert_allclose(program.call(example), norm(example), rtol=1e-3, atol=1e-4)

@@ -38,7 +38,38 @@ def reason(function, *args, use="automatic", **options):
 def test_a_report():
     (found,) = norm_kernels(jaxnorm.layer_norm, TOKENS, platform="cpu")
     assert found.why
-    assert found == NormKernel((4, 2048, 768), "bfloat16", (2,), "rows_cpu", found.why)
+    assert found == NormKernel(
+        (4, 2048, 768), "bfloat16", (2,), "rows_cpu", found.why, "rows_cpu", found.why_backward
+    )
+
+
+def test_gradients_have_a_form_of_their_own():
+    (found,) = norm_kernels(jaxnorm.layer_norm, TOKENS, platform="tpu")
+    assert (found.kernel, found.backward) == ("rows_tpu", None)
+    assert found.why_backward != found.why
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_dtype_of_the_result_counts(platform):
+    """A kernel must be able to write it."""
+    to_wide = partial(jaxnorm.layer_norm, dtype=jnp.float64)
+    found = reason(to_wide, TOKENS, use="always", platform=platform)
+    assert found.startswith("float64")
+
+
+def test_flags_may_be_given_by_name():
+    def model(x, *, train, mask):
+        return jaxnorm.layer_norm(x, where=mask) if train else x
+
+    found = norm_kernels(model, TOKENS, train=True, mask=None, platform="gpu")
+    assert [one.kernel for one in found] == [None]
+    assert not norm_kernels(model, TOKENS, train=False, mask=None)
+
+
+def test_scales_of_each_example_are_told():
+    x, scale = jnp.ones((3, 4, 8)), jnp.ones((3, 8))
+    (found,) = norm_kernels(jax.vmap(jaxnorm.layer_norm), x, scale, platform="cpu")
+    assert found.why == "examples have parameters of their own"
 
 
 # By function and use, the kernel on cpu, tpu, cuda.
@@ -73,7 +104,7 @@ on_tpu, on_gpu = dict(platform="tpu"), dict(platform="cuda")
 always = dict(use="always")
 REASONS = {
     "a mask": (partial(jaxnorm.layer_norm, where=MASK), array(4, 8), {}, "a mask$"),
-    "complex": (jaxnorm.layer_norm, array(4, 8, dtype=jnp.complex64), {}, "numbers wider than"),
+    "complex": (jaxnorm.layer_norm, array(4, 8, dtype=jnp.complex64), {}, "complex numbers"),
     "a shift": (partial(jaxnorm.normalize, axes=-1, shift=0.0), array(4, 8), {}, "moments or an"),
     "channels first": (
         partial(jaxnorm.layer_norm, scale=np.ones(8, np.float32), axes=1, axis=1),

@@ -128,10 +128,18 @@ def _varies_along(value: jax.Array) -> frozenset[str]:
     return jax.typeof(value).manual_axis_type.varying
 
 
-def varying_like(x: jax.Array, value: jax.Array) -> jax.Array:
-    """`value`, which under `shard_map` may be the same on all devices, as one of each device."""
-    missing = _varies_along(x) - _varies_along(value)
-    return lax.pcast(value, tuple(sorted(missing)), to="varying") if missing else value
+def all_varying(*values: jax.Array | None) -> tuple[Any, ...]:
+    """`values`, each as one of each device along all mesh axes along which any of them varies.
+
+    Only under `shard_map`, where a value may be the same on all devices, and types say so.
+    """
+    axes = frozenset[str]().union(*(_varies_along(one) for one in values if one is not None))
+
+    def varying(value: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - _varies_along(value)))
+        return lax.pcast(value, missing, to="varying") if missing else value
+
+    return tuple(None if one is None else varying(one) for one in values)
 
 
 def is_bound(name: str) -> bool:

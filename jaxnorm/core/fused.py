@@ -4,14 +4,16 @@ The specification, differentiated by JAX, keeps several arrays of the size of `x
 pass and reduces over it five times. The linear map in `tangent.py` keeps `x`, and its transpose
 reduces twice.
 
-Three choices make it small, fast and whole:
+Four choices make it small, fast and whole:
 
 - A rule for the tangent (`custom_jvp`), not for the gradient: JAX transposes and differentiates the
   map again, so that forward mode and every order work, and so that collectives inside it are
   transposed rightly in whatever mapped context it runs.
-- The map is rematerialized (`jax.checkpoint`): what is kept for the backward pass is `x` in its own
-  dtype and statistics, not xhat.
+- The map is rematerialized (`jax.checkpoint`), or one primitive: what is kept for the backward pass
+  is `x` in its own dtype and statistics, not xhat.
 - Tangents that are zero stay symbolic: no work for an input that needs no gradient.
+- Where nothing speaks against it, value, map and transpose are primitives, so that a kernel can
+  take their place on the devices that it serves (`kernels/primitives.py`).
 """
 
 from functools import partial
@@ -22,15 +24,12 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxnorm.core import axes as ax
-from jaxnorm.core.devices import placement, varying_like
+from jaxnorm.core.devices import all_varying, placement
 from jaxnorm.core.kernels import primitives as kernels
 from jaxnorm.core.moments import Moments, Stats, clean, moments_keeping_axes
 from jaxnorm.core.pooling import reciprocal
 from jaxnorm.core.standardize import Plan, apply_affine, apply_stats
 from jaxnorm.core.tangent import tangent
-
-SPECIFICATION = "specification: "
-"""Before the reason, in the names that profiles and `diagnose.norm_kernels` read."""
 
 Hint = jax.Array | Moments | None
 """What is known of the moments beforehand: an estimate of the mean, the moments, or nothing."""
@@ -61,6 +60,8 @@ def _without_kernels(plan: Plan, x, scale, bias, where, hint: Hint) -> str | Non
         return "moments or an estimate of them are given"
     if any(jnp.iscomplexobj(one) or one.dtype.itemsize > 4 for one in arrays):
         return "complex numbers, or wider than float32"
+    if not all(isinstance(size, int) for size in x.shape):
+        return "symbolic sizes"
     if any(placement(x)):
         return "explicit mesh axes"
     if kernels.layout(plan, kernels.Inputs(x, scale, bias)) is None:
@@ -82,7 +83,7 @@ def _normalize(
         y, mean, var = kernels.normalize(plan, kernels.Inputs(x, scale, bias))
         count = jnp.full_like(var, ax.extent(x.shape, plan.axes))
         return y, Moments(count, mean, var)
-    with jax.named_scope(f"{SPECIFICATION}{why_not}"):
+    with jax.named_scope(f"{kernels.SPECIFICATION}{why_not}"):
         evidence = _evidence(plan, x, where, hint)
         y = apply_stats(clean(x, where), evidence.stats(), plan.epsilon)
         return apply_affine(y, scale, bias).astype(plan.dtype), evidence
@@ -121,8 +122,8 @@ def normalize_fused(
 ) -> tuple[jax.Array, Moments]:
     """`normalize_plainly` with the derivative rule above, and with a hint of the moments."""
     if _without_kernels(plan, x, scale, bias, where, hint) is None:
-        # Under `shard_map`, what the parameters' gradients sum over devices is summed here.
-        scale, bias = (None if one is None else varying_like(x, one) for one in (scale, bias))
+        # Under `shard_map`, what gradients sum over devices is summed by the transpose of this.
+        x, scale, bias = all_varying(x, scale, bias)
     return _normalize(plan, x, scale, bias, where, hint)
 
 

@@ -4,13 +4,14 @@ Use it to see what a model gets on the devices it is meant for, without having t
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
-from jaxnorm.core.fused import SPECIFICATION
 from jaxnorm.core.kernels import choice, primitives
+from jaxnorm.core.kernels.primitives import SPECIFICATION
 
 
 class NormKernel(NamedTuple):
@@ -22,6 +23,8 @@ class NormKernel(NamedTuple):
         axes: along which moments are taken; of group norm, with the features divided into groups.
         kernel: name of the kernel, for example "rows_tpu"; None for the specification.
         why: the reason, in words.
+        backward: the same for its gradients, if they are taken.
+        why_backward: the reason for that.
     """
 
     shape: tuple[int, ...]
@@ -29,6 +32,8 @@ class NormKernel(NamedTuple):
     axes: tuple[int, ...] | None
     kernel: str | None
     why: str
+    backward: str | None
+    why_backward: str
 
 
 def norm_kernels(
@@ -44,11 +49,11 @@ def norm_kernels(
         function: what would be given to `jax.jit`, for example a model's forward pass or a whole
             training step; it is traced and not run.
         *args: its arguments, arrays or `jax.ShapeDtypeStruct`.
-        platform: `"cpu"`, `"tpu"` or `"cuda"`; None for the default backend's. It need not be
-            there.
+        platform: `"cpu"`, `"tpu"` or `"cuda"`, also called `"gpu"`; None for the default backend's.
+            It need not be there.
         devices: on how many devices one call runs. On more than one the compiler divides the
             program, but for what is inside `jax.shard_map`.
-        **kwargs: further arguments of `function`.
+        **kwargs: further arguments of `function`; those without arrays are given as they are.
 
     Returns:
         One `NormKernel` for each normalization by the moments of its input. Those by given
@@ -65,19 +70,22 @@ def norm_kernels(
         ['rows_cpu']
     """
     who = "norm_kernels"
-    platform = platform or ("cuda" if jax.default_backend() == "gpu" else jax.default_backend())
+    platform = platform or jax.default_backend()
+    platform = "cuda" if platform == "gpu" else platform
     if platform not in choice.PLATFORMS:
         raise ValueError(
             f"{who}: platform={platform!r} is none of {', '.join(map(repr, choice.PLATFORMS))}. "
             f"Name the platform that the program is for: platform='tpu'."
         )
 
-    def traced_anew(*args, **kwargs):
-        # JAX keeps what it has traced, whatever `use_kernels` said then.
-        return function(*args, **kwargs)
-
-    jaxpr = jax.make_jaxpr(traced_anew)(*args, **kwargs).jaxpr
+    arrays = {name: value for name, value in kwargs.items() if _holds_arrays(value)}
+    flags = {name: value for name, value in kwargs.items() if name not in arrays}
+    jaxpr = jax.make_jaxpr(partial(function, **flags))(*args, **arrays).jaxpr
     return tuple(_found(jaxpr, platform, devices > 1))
+
+
+def _holds_arrays(value: Any) -> bool:
+    return any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value))
 
 
 def _found(jaxpr: Jaxpr, platform: str, divided: bool) -> Iterator[NormKernel]:
@@ -88,7 +96,7 @@ def _found(jaxpr: Jaxpr, platform: str, divided: bool) -> Iterator[NormKernel]:
             yield _by_choice(equation, platform, divided)
         elif (why := _specification(equation, inner)) is not None:
             x: Any = equation.invars[0].aval
-            yield NormKernel(x.shape, x.dtype.name, None, None, why)
+            yield NormKernel(x.shape, x.dtype.name, None, None, why, None, why)
         else:
             for one in inner:
                 yield from _found(one, platform, within)
@@ -99,9 +107,13 @@ def _by_choice(equation: JaxprEqn, platform: str, divided: bool) -> NormKernel:
     values = [one.aval for one in equation.invars]
     (inputs,) = jax.tree.unflatten(equation.params["structure"], values)
     x = inputs.x
-    found = choice.choose(platform, plan, primitives.layout(plan, inputs), x.dtype, divided)
-    kernel = None if found.form is None else found.form.__name__.rpartition(".")[2]
-    return NormKernel(x.shape, x.dtype.name, plan.axes, kernel, found.why)
+    seen = primitives.layout(plan, inputs)
+
+    def form(direction: choice.Direction) -> tuple[str | None, str]:
+        found = choice.choose(platform, plan, seen, x.dtype, divided, direction)
+        return found.form and found.form.__name__.rpartition(".")[2], found.why
+
+    return NormKernel(x.shape, x.dtype.name, plan.axes, *form("forward"), *form("backward"))
 
 
 def _specification(equation: JaxprEqn, inner: list[Jaxpr]) -> str | None:
@@ -109,4 +121,5 @@ def _specification(equation: JaxprEqn, inner: list[Jaxpr]) -> str | None:
     if equation.primitive.name != "custom_jvp_call" or not inner or not inner[0].eqns:
         return None
     scope = str(inner[0].eqns[0].source_info.name_stack)
-    return scope.rpartition(SPECIFICATION)[2] if SPECIFICATION in scope else None
+    reason = scope.rpartition(SPECIFICATION)[2].partition("/")[0]
+    return reason or None

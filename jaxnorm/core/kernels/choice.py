@@ -50,21 +50,21 @@ def choose(
     if divided:
         return Choice(None, "the compiler divides the program between devices, and not kernels")
     serve = {"cpu": _on_cpu, "tpu": _on_tpu, "cuda": _on_gpu}[platform]
-    return serve(layout, dtype, direction, plan.kernels == "always")
+    return serve(layout, (dtype, plan.dtype), direction, plan.kernels == "always")
 
 
 def _on_cpu(layout: Layout, *_: Any) -> Choice:
     return Choice(_module(f"{layout.kind}_cpu"), "fewer arrays are written out")
 
 
-def _on_tpu(layout: Layout, dtype: Any, direction: Direction, always: bool) -> Choice:
+def _on_tpu(layout: Layout, dtypes: Any, direction: Direction, always: bool) -> Choice:
     """Alone, a kernel is always ahead. Within models the compiler may be, which fuses more.
 
     It fuses norms into convolutions, and sums of the backward pass into the products around them.
     """
     fits = _module("fits")
     fit = fits.rows_fit if layout.kind == "rows" else fits.slabs_fit
-    if reason := fit(layout.shape, dtype):
+    if reason := fit(layout.shape, *dtypes):
         return Choice(None, reason)
     if not always:
         if layout.kind == "slabs":
@@ -76,14 +76,14 @@ def _on_tpu(layout: Layout, dtype: Any, direction: Direction, always: bool) -> C
     return Choice(_module(f"{layout.kind}_tpu"), "reads what it normalizes once")
 
 
-def _on_gpu(layout: Layout, dtype: Any, direction: Direction, always: bool) -> Choice:
+def _on_gpu(layout: Layout, dtypes: Any, direction: Direction, always: bool) -> Choice:
     del direction
     if layout.kind == "slabs":
         return Choice(None, "slabs do not stay in a multiprocessor, so a kernel gains nothing")
     if not always:
         return Choice(None, "kernels for GPUs have not been measured, see use_kernels('always')")
     rows_gpu = _module("rows_gpu")
-    if reason := rows_gpu.fit(layout.shape, dtype):
+    if reason := rows_gpu.fit(layout.shape, *dtypes):
         return Choice(None, reason)
     return Choice(rows_gpu, "reads what it normalizes once")
 

@@ -29,6 +29,9 @@ from jaxnorm.core.kernels.layout import Layout, layout_of
 from jaxnorm.core.standardize import Plan, normalize_plainly
 from jaxnorm.core.tangent import tangent
 
+SPECIFICATION = "specification: "
+"""Before the reason, in the names that profiles and `diagnose.norm_kernels` read."""
+
 Primitive: Any = type(lax.add_p)  # `jax.extend.core` has it as well, and imports Pallas
 
 
@@ -162,7 +165,8 @@ class _Operation:
             results = self.primitive.bind(*leaves, plan=plan, structure=structure)
         else:
             function = partial(self.plainly, plan=plan, structure=structure)
-            results = jax.vmap(function, in_axes=tuple(axes))(*leaves)
+            with jax.named_scope(f"{SPECIFICATION}examples have parameters of their own"):
+                results = jax.vmap(function, in_axes=tuple(axes))(*leaves)
         return results, [0] * len(results)
 
     def lower_plainly(self, context: Any, *nodes: Any, **params: Any) -> Any:

@@ -81,7 +81,7 @@ def _along_rows(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _over_rows(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """The sum over rows by weights of the rows, [rows, 1]."""
+    """The sum over rows by weights of the rows, [rows, 1]: [features]."""
     if values.size < LARGE:
         return (values * weights).sum(0)
     return jnp.dot(weights[:, 0], values, precision=lax.Precision.HIGHEST)

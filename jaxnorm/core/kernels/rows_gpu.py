@@ -51,12 +51,16 @@ LEAST_STEPS = 8
 """How many times each goes on at least, since it writes sums of the size of a row at the end."""
 
 
-def fit(shape: tuple[int, int], dtype: DTypeLike) -> str | None:
-    """Why these kernels do not serve an array of `shape`; None if they do."""
+def fit(shape: tuple[int, int], dtype: DTypeLike, result: DTypeLike | None = None) -> str | None:
+    """Why these kernels do not serve an array of `shape`; None if they do.
+
+    `result` is the dtype of what is computed, if it is not that of the array.
+    """
     rows, features = shape
-    if jnp.dtype(dtype) not in SERVED:
-        names = ", ".join(jnp.dtype(served).name for served in SERVED)
-        return f"{jnp.dtype(dtype).name} is none of {names}"
+    for one in (dtype, result or dtype):
+        if jnp.dtype(one) not in SERVED:
+            names = ", ".join(jnp.dtype(served).name for served in SERVED)
+            return f"{jnp.dtype(one).name} is none of {names}"
     if not rows or not features:
         return f"the shape {tuple(shape)} holds nothing"
     if features > LARGEST_FEATURES:

@@ -4,8 +4,8 @@ Sums over positions come first and give one number for each feature, whose memor
 the few features of a group are added up after that. The sums that the gradients of scale and bias
 need are then the only ones over all of x, forward and backward alike:
 
-    total = sum of dy,  along = sum of dy (x - mean)                    over positions
-    dx    = dy (scale rstd) - (x - mean) <along scale> rstd^3 - <total scale> rstd
+    total = sum of dy,  along = sum of dy (x - mean) rstd              over positions
+    dx    = rstd (dy scale - xhat <along scale> - <total scale>)
 """
 
 import jax
@@ -66,14 +66,16 @@ def backward(
     centred, wide = x.astype(jnp.float32), dy.astype(jnp.float32)
     if mean is not None:
         centred = centred - _spread(mean, x.shape)
-    total, along = wide.sum(1), (wide * centred).sum(1)
-    slope = _averages(along * weights, groups, positions) * rstd * rstd * rstd
-    dx = wide * (_spread(rstd, x.shape) * weights[None]) - centred * _spread(slope, x.shape)
+    rstds = _spread(rstd, x.shape)
+    # The factor rstd comes after the sum: it is one for each feature then. It comes before others,
+    # since the square of a large or a small number may be none any more.
+    total, along = wide.sum(1), (wide * centred).sum(1) * rstds[:, 0]
+    slope = _averages(along * weights, groups, positions)
+    dx = wide * weights[None] - centred * rstds * _spread(slope, x.shape)
     if mean is not None:
-        shift = _averages(total * weights, groups, positions) * rstd
-        dx = dx - _spread(shift, x.shape)
-    dscale = None if scale is None else (along * _spread(rstd, x.shape)[:, 0]).sum(0)
-    return dx.astype(x.dtype), dscale, total.sum(0) if with_bias else None
+        dx = dx - _spread(_averages(total * weights, groups, positions), x.shape)
+    dx = (dx * rstds).astype(x.dtype)
+    return dx, None if scale is None else along.sum(0), total.sum(0) if with_bias else None
 
 
 def _averages(sums: jax.Array, groups: int, positions: int) -> jax.Array:

@@ -254,7 +254,7 @@ def _forward(
         mean += rest
         mean_ref[0] = mean
         mean_of_feature[:] = slabs.spread(mean, membership_ref)
-        var = squares - rest * rest
+        var = jnp.maximum(squares - rest * rest, 0.0)
     var_ref[0] = var
     factor_ref[:] = slabs.spread(lax.rsqrt(var + epsilon), membership_ref)
     if scale_ref is not None:

@@ -23,8 +23,9 @@ def use_kernels(use: Use) -> Iterator[None]:
     whole program, set the environment variable `JAXNORM_KERNELS` to one of these words.
 
     Args:
-        use: `"automatic"`, the default, takes a kernel where whole models were measured to be
-            faster with it; `"always"` wherever one can serve; `"never"` none.
+        use: `"automatic"`, the default, takes a kernel where whole models gain by it, as far as is
+            known (docs/kernels.md); `"always"` wherever one can serve; `"never"` none. Threads that
+            are started inside begin with the default.
 
     Raises:
         ValueError: `use` is none of these.
@@ -42,12 +43,12 @@ def use_kernels(use: Use) -> Iterator[None]:
 
 def current_use() -> Use:
     """What was asked for where a function is traced."""
-    return _use.value or _checked(os.environ.get(VARIABLE, "automatic"), VARIABLE)
+    return _use.value or _checked(os.environ.get(VARIABLE) or "automatic", VARIABLE)
 
 
 def _checked(use: str, what: str) -> Use:
     for known in get_args(Use):
-        if use == known:
+        if isinstance(use, str) and use == known:
             return known
     raise ValueError(
         f"{what}={use!r} is none of {', '.join(map(repr, get_args(Use)))}. "
