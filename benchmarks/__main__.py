@@ -25,7 +25,7 @@ from benchmarks import cases, layers, machine, models, overheads, peers, torch_w
 from benchmarks.docs import RESULTS, publish
 from benchmarks.peers import NAMES, TORCH, Peer
 from benchmarks.picture import draw
-from benchmarks.report import in_short, report
+from benchmarks.report import file_name, in_short, report
 from benchmarks.results import Results
 from benchmarks.timing import Effort
 
@@ -53,13 +53,13 @@ class Options:
     """Libraries to compare with, as far as they are installed; jaxnorm itself is always there."""
 
     rounds: int = 15
-    """Rounds of timing, at most."""
+    """Rounds of timing, at most; two or more."""
 
     seconds: float = 3.0
     """Seconds after which a case begins no further round, if it had five."""
 
     quick: bool = False
-    """Small sizes and few rounds, to see that all works."""
+    """Small sizes, few rounds, the first method and the last dtype, to see that all works."""
 
     docs: bool = False
     """Show the figures in docs/benchmarks.md."""
@@ -69,7 +69,7 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Ends the program at names that do not exist."""
+    """Ends the program at names that do not exist, and at what would be measured in vain."""
     for word, names, known in (
         ("methods", options.methods, cases.METHODS),
         ("sizes", options.sizes, cases.SIZES),
@@ -79,6 +79,15 @@ def check(options: Options) -> None:
         unknown = sorted({*names} - {*known})
         if unknown:
             sys.exit(f"benchmarks: --{word} {', '.join(unknown)}: choose of {', '.join(known)}.")
+    if options.rounds < 2:
+        sys.exit(f"benchmarks: --rounds {options.rounds}: quartiles need at least 2 rounds.")
+    if options.quick:
+        for word in ("rounds", "seconds", "docs"):
+            if getattr(options, word) != getattr(Options, word):
+                sys.exit(
+                    f"benchmarks: --{word} with --quick: a quick run has its own few rounds, and "
+                    "its numbers tell nothing. Leave out one of the two."
+                )
 
 
 def efforts(options: Options) -> dict[str, Effort]:
@@ -160,11 +169,12 @@ def measure_overheads(results: Results, options: Options, bar: Progress) -> None
     bar.update(task, description="tracing and compiling one layer", advance=1)
     results.stages = overheads.stages_of_layers(options.methods, rounds)
     bar.update(task, description="tracing and compiling many norms", advance=1)
-    layers, deep = (1, overheads.DEEP[:1]) if options.quick else (50, overheads.DEEP)
-    results.deep = overheads.stages_of_models(layers, rounds, deep)
+    deep = [(kind, method) for kind, method in overheads.DEEP if method in options.methods]
+    layers, deep = (1, deep[:1]) if options.quick else (50, deep)
+    results.deep = overheads.stages_of_models(layers, 2, deep)  # each takes seconds
     results.stages = results.stages + results.deep
     bar.update(task, description="importing", advance=1)
-    results.imports = overheads.import_times(1 if options.quick else 5)
+    results.imports = overheads.import_times(2 if options.quick else 5)
     bar.advance(task)
 
 
@@ -188,7 +198,12 @@ def measure(options: Options, bar: Progress) -> Results:
     with_torch = TORCH in wanted and peers.is_installed("torch")
     names = [peer.name for peer in chosen]
     absent = {*wanted} - {*names} - ({TORCH} if with_torch else set())
-    results = Results(peers=names, absent=[name for name in NAMES if name in absent])
+    results = Results(
+        peers=names,
+        absent=[name for name in NAMES if name in absent],
+        platform=jax.default_backend(),
+        shortest=efforts(options)["training"].shortest,
+    )
     if "layers" in options.parts:
         measure_layers(results, chosen, options, bar)
     if "models" in options.parts:
@@ -207,7 +222,8 @@ def main(options: Options) -> None:
     console, description = Console(), machine.description()
     with Progress(console=console, transient=True) as bar:
         results = measure(options, bar)
-    name = f"{datetime.date.today().isoformat()}-{jax.default_backend()}.md"
+    date = datetime.date.today().isoformat()
+    name = file_name(date, results.platform, options.quick)
     out = options.out or RESULTS / name
     out.parent.mkdir(parents=True, exist_ok=True)
     drawn = out.with_suffix(".png")

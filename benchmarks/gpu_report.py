@@ -16,7 +16,7 @@ difference is noise.
 Peers are taken where they are installed: Flax, Tokamax, and PyTorch, eager, in the same process.
 """
 
-import argparse  # on the machines that are lent there is no tyro
+import argparse  # not tyro: this file runs where there is nothing but JAX
 import dataclasses
 import datetime
 import importlib.metadata
@@ -393,7 +393,8 @@ def main() -> None:
     ]
     if options.platform == "cpu":
         lines.append("Small arrays on a CPU, the kernels interpreted: these times say nothing.\n")
-    out = options.out or REPOSITORY / "benchmarks" / "results" / f"{date}-{options.platform}.md"
+    name = f"{date}-{options.platform}-bandwidth.md"
+    out = options.out or REPOSITORY / "benchmarks" / "results" / name
     out.parent.mkdir(parents=True, exist_ok=True)
     tables = [
         partial(layer_table, method, dtype, options)

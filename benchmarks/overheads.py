@@ -57,26 +57,33 @@ class Stages:
     compiled: Times
 
 
-def stages_of(name: str, makers: dict[str, Callable[[], Any]], rounds: int) -> Stages:
-    """Times of tracing and compiling without anything kept from before; Flax's twice.
+def seconds_of_stages(function: Callable, arguments: tuple) -> tuple[float, float]:
+    """Of tracing and lowering, and of compiling, without anything kept from before."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    lowered = jax.jit(function).lower(*arguments)
+    middle = time.perf_counter()
+    lowered.compile()
+    return middle - start, time.perf_counter() - middle
 
-    A maker gives a function and arguments for it.
-    """
+
+Makers = dict[str, Callable[[], tuple[Callable, tuple]]]
+"""For each way, what gives a function and arguments for it."""
+
+
+def stages_of(name: str, makers: Makers, warm_up: Makers, rounds: int) -> Stages:
+    """Times of tracing and compiling; Flax's twice. What is to warm up runs once, unmeasured."""
+    for make in warm_up.values():
+        seconds_of_stages(*make())
     made = {way: make() for way, make in makers.items()}
     made[FLAX + AGAIN] = made[FLAX]
     traced, compiled = (Times({way: [] for way in made}) for _ in range(2))
-    for number in range(-1, rounds):  # before the first round, all run once unmeasured
+    for number in range(rounds):
         for way in rotated(list(made), number):
-            function, arguments = made[way]
-            jax.clear_caches()
-            start = time.perf_counter()
-            lowered = jax.jit(function).lower(*arguments)
-            middle = time.perf_counter()
-            lowered.compile()
-            end = time.perf_counter()
-            if number >= 0:
-                traced.seconds[way].append(middle - start)
-                compiled.seconds[way].append(end - middle)
+            for times, seconds in zip(
+                (traced, compiled), seconds_of_stages(*made[way]), strict=True
+            ):
+                times.seconds[way].append(seconds)
     return Stages(name, traced, compiled)
 
 
@@ -99,39 +106,43 @@ def many_layers(kind: str, library: str, method: str, layers: int):
     return step, (params, state, x, labels)
 
 
-DEEP = (("Linen", "BatchNorm"), ("NNX", "BatchNorm"))
+DEEP = (
+    ("Linen", "BatchNorm"),
+    ("Linen", "LayerNorm"),
+    ("Linen", "RMSNorm"),
+    ("Linen", "GroupNorm"),
+    ("NNX", "BatchNorm"),
+)
 
 
 def stages_of_layers(methods: tuple[str, ...], rounds: int) -> list[Stages]:
     """Of one layer of each method."""
-    return [
-        stages_of(
-            method,
-            {
-                library: partial(one_layer, path, Case(method, METHODS[method][-1], "float32"))
-                for library, path in LIBRARIES["Linen"].items()
-            },
-            rounds,
-        )
-        for method in methods
-    ]
+    found = []
+    for method in methods:
+        case = Case(method, METHODS[method][-1], "float32")
+        makers: Makers = {
+            library: partial(one_layer, path, case) for library, path in LIBRARIES["Linen"].items()
+        }
+        found.append(stages_of(method, makers, makers, rounds))
+    return found
 
 
 def stages_of_models(
     layers: int, rounds: int, deep: Sequence[tuple[str, str]] = DEEP
 ) -> list[Stages]:
-    """Of models with many norms."""
-    return [
-        stages_of(
-            f"{layers} times dense, {method}, relu ({kind})",
+    """Of models with many norms; those with one norm warm up for them, which saves a round."""
+    found = []
+    for kind, method in deep:
+        makers, warm_up = (
             {
-                library: partial(many_layers, kind, path, method, layers)
+                library: partial(many_layers, kind, path, method, number)
                 for library, path in LIBRARIES[kind].items()
-            },
-            rounds,
+            }
+            for number in (layers, 1)
         )
-        for kind, method in deep
-    ]
+        name = f"{layers} times dense, {method}, relu ({kind})"
+        found.append(stages_of(name, makers, warm_up, rounds))
+    return found
 
 
 def eager_way(kind: str, library: str, method: str) -> Callable[[], object]:

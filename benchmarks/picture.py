@@ -1,6 +1,7 @@
 """The picture of a run: how long others take, method by method, and the band of the noise."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,7 +16,7 @@ from benchmarks.timing import AGAIN
 
 INK, FAINT, BAND = "#222222", "#777777", "#d9d9de"
 COLORS = ("#555555", "#c2571a", "#eba06b", "#2e8b57", "#8e4585", "#b0305c", "#31688e")
-MARKERS = "osD^vPX"
+MARKERS = "osD^vPX*"  # one more than colors, so that 56 pairs come before the first one again
 TICKS = (0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 5.6, 8)
 
 
@@ -24,7 +25,7 @@ def draw(results: Results, target: Path) -> None:
     dtypes = [d for d in DTYPES if results.chosen("training", d) or models_of(results, d)]
     ways = list(dict.fromkeys(way for one in results.layers for way in one.times.seconds))
     ways = [way for way in ways if way != OURS and not way.endswith(AGAIN)] or [FLAX]
-    styles = dict(zip(ways, zip(COLORS, MARKERS, strict=True), strict=False))
+    styles = styles_of(ways)
     labels = [m for m in METHODS if any(one.case.method == m for one in results.layers)]
     labels += list(dict.fromkeys(one.name for one in results.models))
     size = (max(9.0, 5.2 * len(dtypes) + 1.5), 0.72 * len(labels) + 1.9)
@@ -45,6 +46,11 @@ def draw(results: Results, target: Path) -> None:
     figure.suptitle(title, fontsize=13, color=INK, fontweight="bold")
     figure.savefig(target, dpi=140)
     plt.close(figure)
+
+
+def styles_of(ways: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """A color and a marker for each, however many there are."""
+    return dict(zip(ways, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False))
 
 
 def models_of(results: Results, dtype: str):

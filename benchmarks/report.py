@@ -13,7 +13,7 @@ from benchmarks.goals import goals_of
 from benchmarks.layers import LayerResult
 from benchmarks.peers import FLAX, OURS, TORCH
 from benchmarks.results import Results, mean_ratio
-from benchmarks.timing import AGAIN, Ratio, Times
+from benchmarks.timing import AGAIN, Quartiles, Times
 
 BEGIN, END = "<!-- the latest figures -->", "<!-- until here -->"
 
@@ -30,7 +30,7 @@ HEAD = """# Speed, memory and overheads, {date}
 METHOD = """
 Ratios are times of others over those of this library's Linen module: above 1, this library is
 faster. In one round each way runs once, in an order that rotates, and as often inside a measurement
-as to fill 5 ms; shown are medians of the ratios in a round, with their quartiles in brackets.
+as to fill {shortest}; shown are medians of the ratios in a round, with their quartiles in brackets.
 "Flax again" is what Flax does, timed as a further way: its ratio to Flax is the noise, here
 {low:.2f} to {high:.2f}. {torch}All are asked for the same epsilon, momentum and groups, all
 normalize the same numbers, and no parameters or statistics have to be moved or converted for them;
@@ -56,7 +56,7 @@ def number(value: float, form: str = ".2f") -> str:
     return "–" if math.isnan(value) else format(value, form)  # noqa: RUF001
 
 
-def spread(ratio: Ratio) -> str:
+def spread(ratio: Quartiles) -> str:
     """A median with its quartiles."""
     return f"{ratio.middle:.2f} ({ratio.low:.2f}, {ratio.high:.2f})"
 
@@ -187,7 +187,7 @@ def overhead_tables(results: Results) -> list[str]:
     lines = []
     if results.imports.seconds:
         rows = [
-            [f"`import {name}`", f"{1e3 * results.imports.median(name):.0f} ms"]
+            [f"`import {name}`", results.imports.quartiles(name).in_milliseconds()]
             for name in results.imports.seconds
         ]
         lines += ["", "## Importing, beyond `import jax`"]
@@ -270,13 +270,14 @@ def report(results: Results, description: str, picture: str) -> str:
         begin=BEGIN,
     )
     torch = TORCH_APART if TORCH in results.peers else ""
+    method = METHOD.format(low=low, high=high, torch=torch, shortest=milliseconds(results.shortest))
     lines = [
         head.rstrip(),
         *in_short(results, picture),
         "",
         END,
         "",
-        textwrap.fill(METHOD.format(low=low, high=high, torch=torch).strip(), 100),
+        textwrap.fill(method.strip(), 100),
         *layer_tables(results),
         *further_tables(results),
         *model_tables(results),
@@ -287,6 +288,11 @@ def report(results: Results, description: str, picture: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def file_name(date: str, platform: str, quick: bool = False) -> str:
+    """Of a report; further reports lie in the same folder, and have other endings."""
+    return f"{date}-{platform}-{'quick' if quick else 'benchmarks'}.md"
+
+
 def latest(folder: Path, platform: str = "cpu") -> Path | None:
-    """The newest report on a kind of device."""
-    return max(folder.glob(f"*-{platform}.md"), default=None)
+    """The newest report of `python -m benchmarks` on a kind of device, quick ones aside."""
+    return max(folder.glob(file_name("*", platform)), default=None)

@@ -1,6 +1,6 @@
 """All that one run measured, and the figures that are drawn from it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from benchmarks.cases import Case
@@ -8,7 +8,7 @@ from benchmarks.layers import LayerResult
 from benchmarks.oracle import Errors
 from benchmarks.overheads import Stages
 from benchmarks.peers import FLAX, OURS, OURS_NNX, TORCH
-from benchmarks.timing import AGAIN, Ratio, Times, geometric_mean
+from benchmarks.timing import AGAIN, Effort, Quartiles, Times, geometric_mean
 from benchmarks.whole_models import ModelResult
 
 
@@ -19,6 +19,8 @@ class Results:
     Attributes:
         peers: names of those that were measured.
         absent: names of those that are not installed.
+        platform: of JAX: cpu, gpu or tpu.
+        shortest: seconds that one measurement took at least.
         errors: distances from float64 by peer, method and dtype.
         widened: peer, method and dtype, where another dtype is returned, which follows.
         layers: steps of one layer.
@@ -34,6 +36,8 @@ class Results:
 
     peers: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
+    platform: str = "cpu"
+    shortest: float = Effort.shortest
     errors: dict[tuple[str, str, str], Errors] = field(default_factory=dict)
     widened: dict[tuple[str, str, str], str] = field(default_factory=dict)
     layers: list[LayerResult] = field(default_factory=list)
@@ -71,7 +75,7 @@ def mean_ratio(results: Iterable[LayerResult], way: str, to: str = OURS) -> floa
     return geometric_mean(times.ratio(way, to).middle for times in both)
 
 
-def fastest_rival(result: LayerResult) -> tuple[str, Ratio] | None:
+def fastest_rival(result: LayerResult) -> tuple[str, Quartiles] | None:
     """The fastest peer on JAX, and how many times as long as ours it takes."""
     ratios = {
         way: result.times.ratio(way, OURS)
@@ -79,8 +83,3 @@ def fastest_rival(result: LayerResult) -> tuple[str, Ratio] | None:
         if way not in (OURS, OURS_NNX, TORCH) and not way.endswith(AGAIN)
     }
     return min(ratios.items(), key=lambda item: item[1].middle) if ratios else None
-
-
-def mean_of_stages(some: Iterable[Stages], part: Callable[[Stages], Times]) -> float:
-    """Geometric mean of this library's time over Flax's."""
-    return geometric_mean(part(one).ratio(OURS, FLAX).middle for one in some)

@@ -16,12 +16,17 @@ AGAIN = " again"
 """Marks the name of a way that repeats another one."""
 
 
-class Ratio(NamedTuple):
-    """Quartiles of a ratio of two times."""
+class Quartiles(NamedTuple):
+    """Of times, or of ratios of two times."""
 
     low: float
     middle: float
     high: float
+
+    def in_milliseconds(self) -> str:
+        """Of seconds: the median, and in brackets the others."""
+        low, middle, high = (f"{1e3 * seconds:.0f}" for seconds in self)
+        return f"{middle} ms ({low}, {high})"
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,11 @@ class Times:
         """Seconds of one call."""
         return statistics.median(self.seconds[way])
 
-    def ratio(self, way: str, to: str) -> Ratio:
+    def quartiles(self, way: str) -> Quartiles:
+        """Seconds of one call, as they vary."""
+        return quartiles(self.seconds[way])
+
+    def ratio(self, way: str, to: str) -> Quartiles:
         """How many times as long one way takes as another."""
         if self.apart & {way, to}:
             unit = self.median(to)
@@ -60,12 +69,17 @@ class Times:
         else:
             pairs = zip(self.seconds[way], self.seconds[to], strict=True)
             ratios = [one / other for one, other in pairs]
-        return Ratio(*statistics.quantiles(ratios, n=4, method="inclusive"))
+        return quartiles(ratios)
 
     def add_apart(self, way: str, seconds: list[float]) -> None:
         """Times that come from another process."""
         self.seconds[way] = seconds
         self.apart.add(way)
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """Of at least two numbers."""
+    return Quartiles(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
 def seconds_of(way: Callable[[], object], repeats: int = 1) -> float:

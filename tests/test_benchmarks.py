@@ -15,10 +15,13 @@ REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks import docs, goals, oracle  # noqa: E402
+from benchmarks.__main__ import Options, check  # noqa: E402
 from benchmarks.cases import DTYPES, METHODS, Case, cases  # noqa: E402
 from benchmarks.layers import LayerResult, errors, residuals  # noqa: E402
+from benchmarks.overheads import Stages  # noqa: E402
 from benchmarks.peers import FLAX, FLAX_NNX, OURS, OURS_NNX, PEERS  # noqa: E402
-from benchmarks.report import report  # noqa: E402
+from benchmarks.picture import styles_of  # noqa: E402
+from benchmarks.report import latest, report  # noqa: E402
 from benchmarks.results import Results, fastest_rival, mean_ratio  # noqa: E402
 from benchmarks.timing import AGAIN, Effort, Times, interleaved  # noqa: E402
 
@@ -111,7 +114,7 @@ def test_one_slower_case_is_told():
 
 def test_docs_repeat_the_figures_of_a_report(tmp_path):
     results = Results(peers=[OURS, FLAX], absent=["Haiku"], layers=[pretended(2.0)])
-    written, page = tmp_path / "2000-01-01-cpu.md", tmp_path / "page.md"
+    written, page = tmp_path / "2000-01-01-cpu-benchmarks.md", tmp_path / "page.md"
     picture = tmp_path / "shown.png"
     written.write_text(report(results, "a machine", written.with_suffix(".png").name))
     written.with_suffix(".png").write_bytes(b"drawn")
@@ -124,9 +127,52 @@ def test_docs_repeat_the_figures_of_a_report(tmp_path):
     assert "a machine" in shown
     assert "| training, float32 | 2.00 |" in shown
     assert "(images/benchmarks.png)" in shown
-    assert "2000-01-01-cpu.md)" in shown
+    assert "2000-01-01-cpu-benchmarks.md)" in shown
     assert picture.read_bytes() == b"drawn"
     assert "Not installed, and so not measured: Haiku." in written.read_text()
+
+
+def test_the_latest_report_is_one_of_this_command(tmp_path):
+    assert latest(tmp_path) is None
+    for name in ("2000-01-01-cpu-benchmarks", "2000-01-02-cpu-benchmarks"):
+        (tmp_path / f"{name}.md").touch()
+    for name in ("tpu", "cpu-bandwidth", "cpu-quick", "gpu-bandwidth", "tpu-benchmarks"):
+        (tmp_path / f"2000-01-03-{name}.md").touch()
+    assert latest(tmp_path) == tmp_path / "2000-01-02-cpu-benchmarks.md"
+    assert latest(tmp_path, "tpu") == tmp_path / "2000-01-03-tpu-benchmarks.md"
+
+
+def test_models_of_many_norms_are_judged_by_the_worst():
+    def stages(name, ratio):
+        times = Times({OURS: [ratio] * 3, FLAX: [1.0] * 3, FLAX + AGAIN: [1.1] * 3})
+        return Stages(name, times, times)
+
+    tracing, compiling = goals.overheads(Results(deep=[stages("one", 0.5), stages("two", 1.28)]))
+    assert tracing.found == compiling.found
+    assert tracing.found == "0.80 of it; most 1.28 (two); Flax again: up to 1.10"
+    assert not tracing.met
+
+
+def test_quartiles_stand_beside_the_time_of_an_import():
+    results = Results(imports=Times({"jaxnorm": [0.01, 0.02, 0.03, 0.05, 0.09]}))
+    (goal,) = goals.overheads(results)
+    assert goal.found == "30 ms (20, 50)"
+    assert "| `import jaxnorm` | 30 ms (20, 50) |" in report(results, "a machine", "")
+
+
+@pytest.mark.parametrize(("platform", "told"), [("cpu", True), ("gpu", False)])
+def test_a_report_tells_where_and_how_long_it_measured(platform, told):
+    results = Results(platform=platform, shortest=1e-4)
+    text = " ".join(report(results, "a machine", "").split())
+    assert ("nothing was run on a GPU" in text) == told
+    assert "inside a measurement as to fill 0.1 ms;" in text
+
+
+def test_every_library_has_a_mark_of_its_own():
+    ways = [str(number) for number in range(20)]
+    styles = styles_of(ways)
+    assert list(styles) == ways
+    assert len({*styles.values()}) == 20
 
 
 def test_docs_show_the_latest_report():
@@ -156,6 +202,23 @@ def run(*options):
         text=True,
         timeout=400,
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ("BachNorm",)}, "--methods BachNorm: choose of BatchNorm, LayerNorm"),
+        ({"rounds": 1}, "--rounds 1: quartiles need at least 2 rounds"),
+        ({"quick": True, "rounds": 9}, "--rounds with --quick: a quick run has its own few rounds"),
+        ({"quick": True, "seconds": 1.0}, "--seconds with --quick"),
+        ({"quick": True, "docs": True}, "--docs with --quick"),
+    ],
+)
+def test_options_in_vain_end_the_program(options, message):
+    with pytest.raises(SystemExit, match=message):
+        check(Options(**options))
+    check(Options(rounds=2))
+    check(Options(quick=True))
 
 
 def test_unknown_names_end_the_program():
