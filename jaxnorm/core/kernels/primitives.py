@@ -214,6 +214,8 @@ def _in_front(size: int, leaf: jax.Array, axis: int | None, of_parameters: bool)
 
 def _normalize_by(form: Any, seen: Layout, plan: Plan, inputs: Inputs):
     x, scale, bias = _flat(inputs, seen)
+    if getattr(form, "KEEPS_AXES", False) and inputs.x.shape[-1] == seen.shape[-1]:
+        x = inputs.x
     groups = {} if seen.kind == "rows" else {"groups": seen.groups}
     options = dict(epsilon=plan.epsilon, use_mean=plan.use_mean, dtype=plan.dtype)
     y, mean, var = form.forward(x, scale, bias, **groups, **options)

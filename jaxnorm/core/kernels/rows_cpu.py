@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxnorm.core.kernels.sample import of_sample
+KEEPS_AXES = True
+"""Whether rows may have several axes, forward."""
 
 LARGE = 1 << 17
 """How many numbers make it worth while that a product with a vector takes longer to compile."""
@@ -29,23 +30,33 @@ def forward(
     use_mean: bool,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """y, mean and var of [rows, features]; arguments and results as in `rows_tpu.forward`."""
-    share = 1 / x.shape[1]
+    """y, mean and var of [..., features]; else as `rows_tpu.forward`.
+
+    Rows keep their axes, since XLA fuses less across a reshape.
+    """
+
+    def average(values):
+        return values.sum(-1, keepdims=True) * (1 / x.shape[-1])
+
+    def of_features(param):
+        return lax.broadcast_to_rank(param.astype(jnp.float32), x.ndim)
+
     mean, centred = None, x.astype(jnp.float32)
     if use_mean:
-        shift = of_sample(x, 1)
-        offset = centred - shift
-        rest = offset.sum(1, keepdims=True) * share
-        var = jnp.maximum((offset * offset).sum(1, keepdims=True) * share - rest * rest, 0)
-        mean = shift + rest
+        pivot = average(centred)
+        offset = centred - pivot
+        rest = average(offset)
+        var = jnp.maximum(average(offset * offset) - rest * rest, 0)
+        mean = pivot + rest
         centred = centred - mean
     else:
-        var = (centred * centred).sum(1, keepdims=True) * share
-    y = centred * lax.rsqrt(var + epsilon)
+        var = average(centred * centred)
+    slope = lax.rsqrt(var + epsilon)
     if scale is not None:
-        y = y * scale.astype(jnp.float32)[None]
+        slope = slope * of_features(scale)
+    y = centred * slope
     if bias is not None:
-        y = y + bias.astype(jnp.float32)[None]
+        y = y + of_features(bias)
     return y.astype(dtype), mean, var
 
 

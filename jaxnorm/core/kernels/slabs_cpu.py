@@ -70,8 +70,8 @@ def backward(
     # The factor rstd comes after the sum: it is one for each feature then. It comes before others,
     # since the square of a large or a small number may be none any more.
     total, along = wide.sum(1), (wide * centred).sum(1) * rstds[:, 0]
-    slope = _averages(along * weights, groups, positions)
-    dx = wide * weights[None] - centred * rstds * _spread(slope, x.shape)
+    slope = _averages(along * weights, groups, positions) * rstd
+    dx = wide * weights[None] - centred * _spread(slope, x.shape)
     if mean is not None:
         dx = dx - _spread(_averages(total * weights, groups, positions), x.shape)
     dx = (dx * rstds).astype(x.dtype)
