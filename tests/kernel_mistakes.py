@@ -39,8 +39,8 @@ ROWS = [
     ),
     Row(
         "kernels for a platform that has none",
-        lambda: norm_kernels(jaxnorm.layer_norm, X, platform="gpu"),
+        lambda: norm_kernels(jaxnorm.layer_norm, X, platform="rocm"),
         ValueError,
-        r"^norm_kernels: platform='gpu' is none of 'cpu', 'tpu', 'cuda'.*platform='tpu'",
+        r"^norm_kernels: platform='rocm' is none of 'cpu', 'tpu', 'cuda'.*platform='tpu'",
     ),
 ]
