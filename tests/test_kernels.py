@@ -212,7 +212,7 @@ UNFIT = [
 ]
 
 
-@pytest.mark.parametrize(("fit", "given", "reason"), UNFIT, ids=str)
+@pytest.mark.parametrize(("fit", "given", "reason"), UNFIT)
 def test_what_does_not_fit_is_said(fit, given, reason):
     assert re.match(reason, fit(*given))
 

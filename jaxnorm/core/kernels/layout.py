@@ -85,9 +85,8 @@ def _varies_along(param: jax.Array, shape: tuple[int, ...]) -> int | None:
 
 def _first_feature_axis(reduced: Sequence[bool], shape: tuple[int, ...]) -> int:
     """Without parameters: the last run of axes, and the one before it where groups are reduced."""
-    runs = len(_runs(reduced, shape))
+    runs_before = min(len(_runs(reduced, shape)) - 1, 2)
     features = len(shape)
-    wanted = {1: 0, 2: 1, 3: 2, 4: 2}.get(runs, 0)
-    while features and len(_runs(reduced[:features], shape[:features])) > wanted:
+    while features and len(_runs(reduced[:features], shape[:features])) > runs_before:
         features -= 1
     return features

@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from jaxnorm.core.kernels import fits
+from jaxnorm.core.kernels.shared_tpu import along_lanes, cost
 
 
 def forward(
@@ -63,9 +64,9 @@ def forward(
         out_specs=(tiles.matrix, tiles.stats if use_mean else None, tiles.stats),
         out_shape=(jax.ShapeDtypeStruct(x.shape, dtype), stats if use_mean else None, stats),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        cost_estimate=_cost(x, 9, x.nbytes + x.size * jnp.dtype(dtype).itemsize),
+        cost_estimate=cost(x, 9, x.nbytes + x.size * jnp.dtype(dtype).itemsize),
         interpret=interpret,
-    )(x, _along_lanes(scale), _along_lanes(bias))
+    )(x, along_lanes(scale), along_lanes(bias))
     return y, None if mean is None else tiles.column(mean), tiles.column(var)
 
 
@@ -112,9 +113,9 @@ def backward(
         out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype), dscale, dbias),
         # One block after the other, since all add to the same sums.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
-        cost_estimate=_cost(x, 14, 2 * x.nbytes + dy.nbytes),
+        cost_estimate=cost(x, 14, 2 * x.nbytes + dy.nbytes),
         interpret=interpret,
-    )(x, _along_lanes(scale), tiles.row(mean), tiles.row(rstd), dy)
+    )(x, along_lanes(scale), tiles.row(mean), tiles.row(rstd), dy)
     return dx, _added_up(dscale), _added_up(dbias)
 
 
@@ -271,13 +272,3 @@ def _diagonal(shape: tuple[int, int], offset: Any) -> jax.Array:
 
 def _added_up(partial_sums: jax.Array | None) -> jax.Array | None:
     return None if partial_sums is None else partial_sums.sum(0)
-
-
-def _along_lanes(value: jax.Array | None) -> jax.Array | None:
-    return None if value is None else value.astype(jnp.float32)[None, :]
-
-
-def _cost(x: jax.Array, flops: int, bytes_accessed: int) -> pl.CostEstimate:
-    return pl.CostEstimate(
-        flops=flops * x.size, transcendentals=x.shape[0], bytes_accessed=bytes_accessed
-    )

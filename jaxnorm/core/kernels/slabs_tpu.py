@@ -27,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from jaxnorm.core.kernels import fits
+from jaxnorm.core.kernels.shared_tpu import along_lanes, cost
 
 
 def forward(
@@ -59,7 +60,7 @@ def forward(
     """
     slabs = _Slabs(x.shape, groups, x.dtype, dtype)
     stats = jax.ShapeDtypeStruct(slabs.stats_shape, jnp.float32)
-    parameters = _row(scale), _row(bias), slabs.membership()
+    parameters = along_lanes(scale), along_lanes(bias), slabs.membership()
     y, mean, var = pl.pallas_call(
         partial(_forward, slabs=slabs, epsilon=epsilon),
         name="normalize_slabs",
@@ -69,7 +70,7 @@ def forward(
         out_shape=(jax.ShapeDtypeStruct(x.shape, dtype), stats if use_mean else None, stats),
         scratch_shapes=slabs.scratch,
         compiler_params=slabs.params("parallel"),
-        cost_estimate=_cost(x, 9, x.nbytes + x.size * jnp.dtype(dtype).itemsize),
+        cost_estimate=cost(x, 9, x.nbytes + x.size * jnp.dtype(dtype).itemsize),
         interpret=interpret,
     )(x, *parameters)
     return y, _reshaped(mean, (-1, groups)), var.reshape(-1, groups)
@@ -102,7 +103,7 @@ def backward(
     slabs = _Slabs(x.shape, rstd.shape[1], x.dtype, dy.dtype, x.dtype)
     sums = jax.ShapeDtypeStruct((1, x.shape[2]), jnp.float32)
     dscale, dbias = (sums if given else None for given in (scale is not None, with_bias))
-    scale, membership = _row(scale), slabs.membership()
+    scale, membership = along_lanes(scale), slabs.membership()
     mean, rstd = _reshaped(mean, slabs.stats_shape), rstd.reshape(slabs.stats_shape)
     dx, dscale, dbias = pl.pallas_call(
         partial(_backward, slabs=slabs),
@@ -121,7 +122,7 @@ def backward(
         scratch_shapes=slabs.scratch,
         # One block after the other, since all add to the same sums.
         compiler_params=slabs.params("arbitrary"),
-        cost_estimate=_cost(x, 14, 2 * x.nbytes + dy.nbytes),
+        cost_estimate=cost(x, 14, 2 * x.nbytes + dy.nbytes),
         interpret=interpret,
     )(x, scale, mean, rstd, dy, membership)
     features = x.shape[2:]
@@ -350,13 +351,3 @@ def _product(x: jax.Array, membership: jax.Array, contracted: int) -> jax.Array:
 
 def _reshaped(value: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
     return None if value is None else value.reshape(shape)
-
-
-def _row(value: jax.Array | None) -> jax.Array | None:
-    return None if value is None else value.astype(jnp.float32)[None, :]
-
-
-def _cost(x: jax.Array, flops: int, bytes_accessed: int) -> pl.CostEstimate:
-    return pl.CostEstimate(
-        flops=flops * x.size, transcendentals=x.shape[0], bytes_accessed=bytes_accessed
-    )

@@ -23,8 +23,8 @@ def use_kernels(use: Use) -> Iterator[None]:
     whole program, set the environment variable `JAXNORM_KERNELS` to one of these words.
 
     Args:
-        use: `"automatic"`, the default, takes a kernel where whole models gain by it, as far as is
-            known (docs/kernels.md); `"always"` wherever one can serve; `"never"` none. Threads that
+        use: `"automatic"`, the default, takes a kernel where it is expected to help, as
+            docs/kernels.md says; `"always"` wherever one can serve; `"never"` none. Threads that
             are started inside begin with the default.
 
     Raises:
