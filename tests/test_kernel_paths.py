@@ -306,7 +306,9 @@ def interpreted(kernels):
     forward, backward = (
         partial(function, interpret=True) for function in (kernels.forward, kernels.backward)
     )
-    return SimpleNamespace(forward=forward, backward=backward, __name__=kernels.__name__)
+    return SimpleNamespace(
+        KEEPS_AXES=False, forward=forward, backward=backward, __name__=kernels.__name__
+    )
 
 
 OTHERS = {

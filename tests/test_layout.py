@@ -55,6 +55,27 @@ def test_layouts(name):
     assert seen(*given) == expected
 
 
+KEPT = {
+    "layer": (4, 3, 8),
+    "layer of two axes": (4, 24),
+    "layer with an axis of size 1 before": (4, 1, 3, 8),
+    "layer with an axis of size 1 within": (4, 24),
+    "instance": (4, 3, 2, 8),
+    "instance with an axis of size 1": (4, 6, 1, 8),
+    "instance of several videos": (20, 3, 2, 8),
+    "group": (4, 3, 2, 8),
+    "group of features alone": (4, 1, 8),
+    "group of one feature each": (4, 3, 8),
+    "layer over space": (4, 3, 2, 8),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_axes_of_rows_and_positions_can_be_kept(name):
+    axes, shape, params, layout = TABLE[name]
+    assert seen(axes, shape, params).keeping_axes(shape) == KEPT[name]
+
+
 def test_scale_and_bias_along_different_axes():
     wide, narrow = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 3, 8), (1, 1, 8)))
     assert layout_of((1, 2), (4, 3, 8), wide, wide) == Layout((4, 24))

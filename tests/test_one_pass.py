@@ -8,14 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracles import of_batch_norm
 
 import jaxnorm
+from jaxnorm.core import pooling
 from jaxnorm.diagnose import collectives
 
 DEVICES = 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_arrays_take_one_pass():
+    """What decides for large ones is to decide here, for programs traced from now on."""
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooling, "SMALL", 0)
+        yield
+    jax.clear_caches()
 
 
 def draw(mean, shape=(64, 3), std=1.0, seed=0):
@@ -60,6 +71,16 @@ def test_what_the_shift_is_worth():
     text = str(jax.make_jaxpr(lambda x: jaxnorm.batch_norm(x, shift=0.0))(x))
     assert text.count("cond[") == 1
     assert "cond[" not in str(jax.make_jaxpr(lambda x: jaxnorm.moments(x, 0))(x))
+
+
+@pytest.mark.parametrize(("numbers", "devices", "branches"), [(64, 1, 0), (64, 8, 1), (128, 1, 1)])
+def test_few_numbers_on_one_device_need_no_branch(monkeypatch, numbers, devices, branches):
+    """To read them twice is cheaper than to compile both ways; not so where devices must talk."""
+    monkeypatch.setattr(pooling, "SMALL", 128)
+    mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(draw(0.0, (numbers, 1)), NamedSharding(mesh, P("d")))
+    program = jax.jit(lambda x: jaxnorm.batch_norm(x, shift=0.0)).lower(x).compile()
+    assert program.as_text().count(" conditional(") == branches
 
 
 def taken(x, shift):

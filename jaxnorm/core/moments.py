@@ -164,7 +164,7 @@ def moments(
         shift: an estimate of the mean, such as a running mean: a number, or an array of the shape
             of the result. It decides what the moments cost, not what they are: within 8 standard
             deviations of the mean, one pass over the data and one collective suffice, otherwise
-            three. None takes two.
+            three. None takes two, and so do fewer than 32768 numbers on one device.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
             the evidence is pooled, weighted by the number of valid elements on each device.
         axis_index_groups: groups of indices along `axis_name`; each pools on its own.

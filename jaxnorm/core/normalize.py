@@ -55,8 +55,9 @@ def normalize(
         shift: an estimate of the mean, such as a running mean: a number, or an array of the shape
             of `x` without `axes`. It decides what the moments cost, not what they are: where it is
             within 8 standard deviations of the mean, one pass over the data and one collective
-            suffice, otherwise three. None takes two passes; where elements are known to lie on
-            several devices, over mapped axes and along explicit mesh axes, it stands for 0.
+            suffice, otherwise three. None takes two passes, and so do fewer than 32768 numbers on
+            one device; where elements are known to lie on several devices, over mapped axes and
+            along explicit mesh axes, None stands for 0.
         evidence: the moments themselves, if they are known already: those of `x` along `axes` and
             over the mapped axes. Derivatives are as if they were taken here.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which

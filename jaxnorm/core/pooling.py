@@ -19,6 +19,7 @@ one of each, about a shift that is known beforehand.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -29,6 +30,7 @@ from jax import lax
 from jaxnorm.core import axes as ax
 from jaxnorm.core import precision
 from jaxnorm.core.devices import Devices, decide_alike, surely_equal
+from jaxnorm.core.divided import divided
 
 Pooled = tuple[jax.Array, jax.Array | None, jax.Array]
 """Count, mean and variance."""
@@ -39,6 +41,11 @@ Look = Callable[[], tuple[jax.Array | float, jax.Array | None, jax.Array | float
 NEAR = 8.0
 """How many standard deviations a shift may be off: it costs at most a factor 1 + 64 in rounding, so
 that float32 keeps more than five digits of the variance."""
+
+
+SMALL = 1 << 15
+"""So few numbers stay in a cache: on one device, to read them twice costs less than to compile both
+ways."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +194,8 @@ def _by_one_pass(look: Look, parts: Parts, shift: jax.Array, epsilon: float) -> 
     # Asked so that NaN says no, and of all groups, since all must go the same way.
     near = precision.abs_square(first) <= NEAR**2 * (new_var + epsilon)
     near = (near & jnp.isfinite(new_var)).all()
+    if parts.over is None and math.prod(parts.shape) < SMALL:
+        near &= divided()  # else a constant False, for which the compiler drops a branch
 
     new_mean, new_var = shift + parts.own(first), parts.own(new_var)
     # No more than it decides passes through the branches, whose every operand costs compile time.

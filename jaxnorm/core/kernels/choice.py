@@ -4,8 +4,6 @@ import importlib
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from jax.interpreters import mlir
-
 from jaxnorm.core.kernels.layout import Layout
 from jaxnorm.core.standardize import Plan
 
@@ -94,12 +92,3 @@ def _on_gpu(layout: Layout, dtypes: Any, direction: Direction, always: bool) -> 
 def _module(name: str) -> ModuleType:
     # When it is needed: Pallas takes longer to import than the rest of the library.
     return importlib.import_module(f"jaxnorm.core.kernels.{name}")
-
-
-def is_divided(context: Any) -> bool:
-    """Whether the compiler divides what is lowered in this context between devices."""
-    axes = context.module_context.axis_context
-    if isinstance(axes, mlir.SPMDAxisContext):
-        manual = axes.manual_axes | frozenset(axes.mesh.manual_axes)
-        return manual != frozenset(axes.mesh.axis_names)
-    return getattr(axes, "num_devices", 1) != 1

@@ -27,6 +27,15 @@ class Layout(NamedTuple):
         """`"rows"` or `"slabs"`, which are also the names of the kernels."""
         return "rows" if len(self.shape) == 2 else "slabs"
 
+    def keeping_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """`shape`, of which this is the layout, with all its axes of rows or positions."""
+        remaining = [math.prod(shape[axis:]) for axis in range(len(shape) + 1)]
+        features = max(axis for axis, size in enumerate(remaining) if size == self.shape[-1])
+        if self.kind == "rows":
+            return (*shape[:features], self.shape[-1])
+        examples = remaining.index(remaining[0] // self.shape[0])
+        return (self.shape[0], *(shape[examples:features] or (1,)), self.shape[-1])
+
 
 def layout_of(
     axes: Sequence[int], shape: tuple[int, ...], *params: jax.Array | None

@@ -24,7 +24,8 @@ from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir
 
 from jaxnorm.core import axes as ax
-from jaxnorm.core.kernels.choice import PLATFORMS, Direction, choose, is_divided
+from jaxnorm.core.divided import is_divided
+from jaxnorm.core.kernels.choice import PLATFORMS, Direction, choose
 from jaxnorm.core.kernels.layout import Layout, layout_of
 from jaxnorm.core.standardize import Plan, normalize_plainly
 from jaxnorm.core.tangent import tangent
@@ -213,9 +214,7 @@ def _in_front(size: int, leaf: jax.Array, axis: int | None, of_parameters: bool)
 
 
 def _normalize_by(form: Any, seen: Layout, plan: Plan, inputs: Inputs):
-    x, scale, bias = _flat(inputs, seen)
-    if getattr(form, "KEEPS_AXES", False) and inputs.x.shape[-1] == seen.shape[-1]:
-        x = inputs.x
+    x, scale, bias = _as_seen_by(form, seen, inputs)
     groups = {} if seen.kind == "rows" else {"groups": seen.groups}
     options = dict(epsilon=plan.epsilon, use_mean=plan.use_mean, dtype=plan.dtype)
     y, mean, var = form.forward(x, scale, bias, **groups, **options)
@@ -227,12 +226,10 @@ def _normalize_by(form: Any, seen: Layout, plan: Plan, inputs: Inputs):
 def _pull_by(form: Any, seen: Layout, plan: Plan, known: Known, dy: jax.Array) -> Inputs:
     del plan
     inputs, *stats = known
-    x, scale, bias = _flat(inputs, seen)
+    x, scale, bias = _as_seen_by(form, seen, inputs)
     each = seen.shape[0], seen.groups
     mean, rstd = (None if one is None else one.reshape(each) for one in stats)
-    gradients = form.backward(
-        x, scale, mean, rstd, dy.reshape(seen.shape), with_bias=bias is not None
-    )
+    gradients = form.backward(x, scale, mean, rstd, dy.reshape(x.shape), with_bias=bias is not None)
     return jax.tree.map(
         lambda like, gradient: gradient.reshape(like.shape).astype(like.dtype),
         inputs,
@@ -240,9 +237,10 @@ def _pull_by(form: Any, seen: Layout, plan: Plan, known: Known, dy: jax.Array) -
     )
 
 
-def _flat(inputs: Inputs, seen: Layout) -> list[Any]:
+def _as_seen_by(form: Any, seen: Layout, inputs: Inputs) -> list[Any]:
     x, *params = inputs
-    return [x.reshape(seen.shape), *(None if one is None else one.reshape(-1) for one in params)]
+    shape = seen.keeping_axes(x.shape) if form.KEEPS_AXES else seen.shape
+    return [x.reshape(shape), *(None if one is None else one.reshape(-1) for one in params)]
 
 
 def _transpose_push(gradients: Any, *leaves: Any, plan: Plan, structure: Any) -> list[Any]:

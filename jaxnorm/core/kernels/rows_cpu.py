@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 KEEPS_AXES = True
-"""Whether rows may have several axes, forward."""
+"""XLA fuses less across a reshape, so rows keep the axes that they have."""
 
 LARGE = 1 << 17
 """How many numbers make it worth while that a product with a vector takes longer to compile."""
@@ -30,10 +30,7 @@ def forward(
     use_mean: bool,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """y, mean and var of [..., features]; else as `rows_tpu.forward`.
-
-    Rows keep their axes, since XLA fuses less across a reshape.
-    """
+    """y, mean and var of [..., features]; else as `rows_tpu.forward`."""
 
     def average(values):
         return values.sum(-1, keepdims=True) * (1 / x.shape[-1])
@@ -69,10 +66,10 @@ def backward(
     *,
     with_bias: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """dx, dscale and dbias; arguments and results as in `rows_tpu.backward`."""
-    share = 1 / x.shape[1]
-    weights = jnp.ones(x.shape[1:], jnp.float32) if scale is None else scale.astype(jnp.float32)
-    centred, wide = x.astype(jnp.float32), dy.astype(jnp.float32)
+    """dx, dscale and dbias; arguments and results else as in `rows_tpu.backward`."""
+    features, share = x.shape[-1], 1 / x.shape[-1]
+    weights = jnp.ones(features, jnp.float32) if scale is None else scale.astype(jnp.float32)
+    centred, wide = (each.reshape(-1, features).astype(jnp.float32) for each in (x, dy))
     if mean is not None:
         centred = centred - mean
     products = wide * centred
@@ -81,7 +78,7 @@ def backward(
         dx = dx - _along_rows(wide, weights) * share
     dscale = None if scale is None else _over_rows(products, rstd)
     dbias = wide.sum(0) if with_bias else None
-    return (dx * rstd).astype(x.dtype), dscale, dbias
+    return (dx * rstd).astype(x.dtype).reshape(x.shape), dscale, dbias
 
 
 def _along_rows(values: jax.Array, weights: jax.Array) -> jax.Array:

@@ -28,6 +28,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jax.typing import DTypeLike
 
+KEEPS_AXES = False
+"""Rows have one axis."""
+
 SERVED = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 LARGEST_FEATURES = 8192

@@ -8,12 +8,17 @@ need are then the only ones over all of x, forward and backward alike:
     dx    = rstd (dy scale - xhat <along scale> - <total scale>)
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxnorm.core.kernels.sample import of_sample
+from jaxnorm.core.kernels.sample import first_part
+
+KEEPS_AXES = True
+"""XLA fuses less across a reshape, so positions keep the axes that they have."""
 
 
 def forward(
@@ -26,14 +31,14 @@ def forward(
     use_mean: bool,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """y, mean and var of [examples, positions, features]; as in `slabs_tpu.forward`."""
+    """y, mean and var of [examples, ..., features]; else as in `slabs_tpu.forward`."""
 
     def averages(values):
-        return _averages(values.sum(1), groups, x.shape[1])
+        return _averages(_over_positions(values), groups, math.prod(values.shape[1:-1]))
 
     mean, centred = None, x.astype(jnp.float32)
     if use_mean:
-        shift = _averages(of_sample(x, 1)[:, 0], groups, 1)
+        shift = averages(first_part(x, 1).astype(jnp.float32))
         offset = centred - _spread(shift, x.shape)
         rest = averages(offset)
         var = jnp.maximum(averages(offset * offset) - rest * rest, 0)
@@ -43,10 +48,10 @@ def forward(
         var = averages(centred * centred)
     slope = _spread(lax.rsqrt(var + epsilon), x.shape)
     if scale is not None:
-        slope = slope * scale.astype(jnp.float32)[None, None]
+        slope = slope * _of_features(scale, x.shape)
     y = centred * slope
     if bias is not None:
-        y = y + bias.astype(jnp.float32)[None, None]
+        y = y + _of_features(bias, x.shape)
     return y.astype(dtype), mean, var
 
 
@@ -60,22 +65,26 @@ def backward(
     with_bias: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """dx, dscale and dbias; as in `slabs_tpu.backward`."""
-    groups, positions = rstd.shape[1], x.shape[1]
-    weights = jnp.ones(x.shape[2:], jnp.float32) if scale is None else scale.astype(jnp.float32)
-    weights = weights[None]
+    groups, positions = rstd.shape[1], math.prod(x.shape[1:-1])
+    weights = _of_features(jnp.ones(x.shape[-1:]) if scale is None else scale, (1, 1))
     centred, wide = x.astype(jnp.float32), dy.astype(jnp.float32)
     if mean is not None:
         centred = centred - _spread(mean, x.shape)
-    rstds = _spread(rstd, x.shape)
     # The factor rstd comes after the sum: it is one for each feature then. It comes before others,
     # since the square of a large or a small number may be none any more.
-    total, along = wide.sum(1), (wide * centred).sum(1) * rstds[:, 0]
+    total = _over_positions(wide)
+    along = _over_positions(wide * centred) * _of_each_feature(rstd, x.shape[-1])
     slope = _averages(along * weights, groups, positions) * rstd
-    dx = wide * weights[None] - centred * _spread(slope, x.shape)
+    dx = wide * _of_features(weights, x.shape) - centred * _spread(slope, x.shape)
     if mean is not None:
         dx = dx - _spread(_averages(total * weights, groups, positions), x.shape)
-    dx = (dx * rstds).astype(x.dtype)
+    dx = (dx * _spread(rstd, x.shape)).astype(x.dtype)
     return dx, None if scale is None else along.sum(0), total.sum(0) if with_bias else None
+
+
+def _over_positions(values: jax.Array) -> jax.Array:
+    """Sums, [examples, features]."""
+    return values.sum(tuple(range(1, values.ndim - 1)))
 
 
 def _averages(sums: jax.Array, groups: int, positions: int) -> jax.Array:
@@ -86,6 +95,17 @@ def _averages(sums: jax.Array, groups: int, positions: int) -> jax.Array:
     return grouped * (1 / (positions * size))
 
 
+def _of_each_feature(stats: jax.Array, features: int) -> jax.Array:
+    """From [examples, groups] to [examples, features]."""
+    return jnp.repeat(stats, features // stats.shape[1], axis=1)
+
+
 def _spread(stats: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """From [examples, groups] to [examples, 1, features]."""
-    return jnp.repeat(stats, shape[2] // stats.shape[1], axis=1)[:, None]
+    """From [examples, groups] to [examples, 1, ..., features], with as many axes as `shape`."""
+    each = _of_each_feature(stats, shape[-1])
+    return lax.expand_dims(each, range(1, len(shape) - 1))
+
+
+def _of_features(param: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """From [features] to float32 with as many axes as `shape`."""
+    return lax.broadcast_to_rank(param.astype(jnp.float32), len(shape))

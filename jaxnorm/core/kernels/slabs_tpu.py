@@ -29,6 +29,9 @@ from jax.typing import DTypeLike
 from jaxnorm.core.kernels import fits
 from jaxnorm.core.kernels.shared_tpu import along_lanes, cost
 
+KEEPS_AXES = False
+"""Positions have one axis."""
+
 
 def forward(
     x: jax.Array,
