@@ -72,7 +72,7 @@ KEPT = {
 
 @pytest.mark.parametrize("name", KEPT)
 def test_axes_of_rows_and_positions_can_be_kept(name):
-    axes, shape, params, layout = TABLE[name]
+    axes, shape, params, _ = TABLE[name]
     assert seen(axes, shape, params).keeping_axes(shape) == KEPT[name]
 
 
