@@ -1,7 +1,7 @@
-"""The handwritten digits that the examples train on: scikit-learn's, or MNIST.
+"""The images that the examples train on: scikit-learn's digits, MNIST, or Fashion-MNIST.
 
-Nothing is downloaded. scikit-learn brings its 1797 images along; MNIST is read from `mnist.npz` in
-the folder that the environment variable JAXNORM_DATA names.
+Nothing is downloaded. scikit-learn brings its 1797 images along; the others are read from
+`mnist.npz` and `fashion_mnist.npz` in the folder that the environment variable JAXNORM_DATA names.
 """
 
 import math
@@ -34,16 +34,21 @@ class Dataset:
     default_steps: int
 
 
-def load_dataset(choice: Literal["auto", "digits", "mnist"], seed: int) -> Dataset:
-    """Loads the digits or MNIST; "auto" takes MNIST if JAXNORM_DATA is set."""
+Choice = Literal["auto", "digits", "mnist", "fashion_mnist"]
+
+
+def load_dataset(choice: Choice, seed: int) -> Dataset:
+    """Loads one of the data sets; "auto" takes MNIST if JAXNORM_DATA is set, else the digits."""
     folder = os.environ.get("JAXNORM_DATA", "")
     if choice == "digits" or (choice == "auto" and not folder):
         return load_small_digits(seed)
     if not folder:
         raise UsageError(
-            "--data mnist needs the environment variable JAXNORM_DATA to name a folder with "
-            "mnist.npz; --data digits needs no files"
+            f"--data {choice} needs the environment variable JAXNORM_DATA to name a folder with "
+            f"{choice}.npz; --data digits needs no files"
         )
+    if choice == "fashion_mnist":
+        return load_mnist(Path(folder) / "fashion_mnist.npz", "Fashion-MNIST")
     return load_mnist(Path(folder) / "mnist.npz")
 
 
@@ -61,8 +66,8 @@ def load_small_digits(seed: int) -> Dataset:
     return Dataset("digits", train_images, train_labels, test_images, test_labels, 4000)
 
 
-def load_mnist(path: Path) -> Dataset:
-    """The 70,000 digits of 28x28 pixels, with their usual split."""
+def load_mnist(path: Path, name: str = "MNIST") -> Dataset:
+    """70,000 images of 28x28 pixels, with their usual split."""
     way_out = "; to train on scikit-learn's digits instead, use --data digits"
     if not path.is_file():
         raise UsageError(f"JAXNORM_DATA is set, but there is no file {path}{way_out}")
@@ -90,7 +95,7 @@ def load_mnist(path: Path) -> Dataset:
         return images.reshape(len(images), -1).astype(np.float32) / 255
 
     return Dataset(
-        "MNIST",
+        name,
         pixels(train_images),
         train_labels.astype(np.int32),
         pixels(test_images),

@@ -1,0 +1,139 @@
+"""The result of a reproduction: printed, drawn, and kept as a page of the documentation."""
+
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+from digits import UsageError
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import jaxnorm
+from study.command import StudyOptions
+from study.findings import Finding
+
+PAGES = Path(__file__).parents[2] / "docs" / "reproductions"
+STARTED = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a reproduction found.
+
+    Attributes:
+        name: of the script, without `.py`; picture and page are named after it.
+        about: the script's docstring: the first line is the title, what is claimed and done
+            follows, and "How to run:" comes last.
+        setting: data, network and numbers of the run, in one sentence.
+        headings: of the table.
+        rows: of the table, as texts.
+        findings: each claim, what was measured, whether it held.
+        picture: drawn.
+        alt: what the picture shows, for those who do not see it.
+    """
+
+    name: str
+    about: str
+    setting: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    findings: Sequence[Finding]
+    picture: Figure
+    alt: str
+    notes: Sequence[str] = field(default=())
+
+
+def conclude(report: Report, options: StudyOptions) -> Report:
+    """Prints the report, writes its picture, and its page if that is wanted."""
+    console = Console()
+    table = Table(*report.headings, caption=report.setting, show_lines=False)
+    for row in report.rows:
+        table.add_row(*row)
+    console.print(table)
+    if options.quick:
+        console.print("A quick run: what follows means nothing.", style="yellow")
+    for finding in report.findings:
+        console.print(f"[bold]{finding.verdict}[/bold]: {finding.claim}", highlight=False)
+        console.print(f"    {finding.measured}", highlight=False, markup=False)
+    _save(report.picture, options.out or Path(f"{report.name}.png"), console)
+    if options.record:
+        _save(report.picture, PAGES / f"{report.name}.png", console)
+        page = PAGES / f"{report.name}.md"
+        page.write_text(page_of(report))
+        console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
+    return report
+
+
+def page_of(report: Report) -> str:
+    """The page, in Markdown, with the command that makes it anew."""
+    command = shlex.join(["python", f"examples/{report.name}.py", *sys.argv[1:]])
+    data = "JAXNORM_DATA=folder/with/the/npz/files " if os.environ.get("JAXNORM_DATA") else ""
+    minutes = (time.perf_counter() - STARTED) / 60
+    findings = _markdown_table(
+        ("the paper says", "measured here", "verdict"),
+        [(one.claim, one.measured, f"**{one.verdict}**") for one in report.findings],
+    )
+    title, _, about = report.about.partition("\n")
+    parts = [
+        f"# {title.rstrip('.')}",
+        about.partition("How to run:")[0].strip(),
+        "## What was found",
+        findings,
+        "Spread is the standard deviation between seeds. A claim held if the 95% confidence "
+        "interval of the difference, paired by seed, says so.",
+        f"![{report.alt}]({report.name}.png)",
+        "## The numbers",
+        f"{report.setting}.",
+        _markdown_table(report.headings, report.rows),
+        *report.notes,
+        "## Run it yourself",
+        f"```bash\n{data}{command}\n```",
+        f"Made on {datetime.now(UTC):%Y-%m-%d} in {minutes:.1f} minutes: {machine()}. "
+        f"[The script](../../examples/{report.name}.py) has a `--quick` form and all the options.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def machine() -> str:
+    """Where the numbers come from."""
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processor = _processor() or platform.processor() or platform.machine()
+    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "numpy"))
+    where = f"{device.device_kind}, " if device.platform != "cpu" else ""
+    return (
+        f"{where}{processor}, {cores} cores, {platform.system()}, "
+        f"Python {platform.python_version()}, {packages}, jaxnorm {jaxnorm.__version__}"
+    )
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        return ""
+    return found[1].strip() if found else ""
+
+
+def _save(picture: Figure, path: Path, console: Console) -> None:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        picture.savefig(path, dpi=110)
+    except OSError as error:
+        raise UsageError(f"cannot write the picture {path}: {error}") from error
+    console.print(f"picture: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
