@@ -106,6 +106,11 @@ def load_mnist(path: Path, name: str = "MNIST") -> Dataset:
 
 def draw_batches(count: int, batch_size: int, steps: int, seed: int) -> np.ndarray:
     """Indices of shape [steps, batch_size], shuffled anew for each pass over `count` images."""
+    if batch_size > count:
+        raise UsageError(
+            f"a batch of {batch_size} images is more than the {count} training images; "
+            "take smaller batches"
+        )
     generator = np.random.default_rng(seed)
     per_pass = count // batch_size
     passes = [

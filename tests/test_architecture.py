@@ -14,7 +14,7 @@ import jaxnorm
 from jaxnorm.methods import METHODS
 
 ROOT = Path(jaxnorm.__file__).parent
-REPOSITORY = ROOT.parent
+REPOSITORY = Path(__file__).parent.parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What each floor may import of this library, besides itself.

@@ -14,17 +14,11 @@ PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
-class StudyOptions:
-    """The options that all reproductions have; each adds its own."""
-
-    data: Choice = "auto"
-    """Images to train on; auto takes MNIST if JAXNORM_DATA names its folder, else the digits."""
-
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Seeds of the weights and of the order of the batches; all ways are tried with each."""
+class PageOptions:
+    """The options of everything that ends in a picture and a page."""
 
     quick: bool = False
-    """A short run of one seed, enough to see that everything works; its findings mean nothing."""
+    """A short run, enough to see that everything works; its findings mean nothing."""
 
     out: Path | None = None
     """Where to write the picture (.png, .pdf or .svg); by default here, by the script's name."""
@@ -33,11 +27,7 @@ class StudyOptions:
     """Also write the result, with machine and versions, into docs/reproductions."""
 
     def check(self) -> None:
-        """Refuses impossible options before any time goes into training."""
-        if not self.seeds or min(self.seeds) < 0:
-            raise UsageError(f"--seeds must be numbers from 0 on, not {self.seeds}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise UsageError(f"--seeds must differ, else they count twice, not {self.seeds}")
+        """Refuses impossible options before any time goes into work."""
         if self.record and self.quick:
             raise UsageError("--record keeps full results; leave --quick out")
         if self.out is None:
@@ -47,13 +37,32 @@ class StudyOptions:
         if not self.out.parent.is_dir():
             raise UsageError(f"--out: there is no folder {self.out.parent}")
 
+
+@dataclass(frozen=True)
+class StudyOptions(PageOptions):
+    """The options that all reproductions have that train; each adds its own."""
+
+    data: Choice = "auto"
+    """Images to train on; auto takes MNIST if JAXNORM_DATA names its folder, else the digits."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of the weights and of the order of the batches; all ways are tried with each."""
+
+    def check(self) -> None:
+        """Refuses impossible options before any time goes into training."""
+        super().check()
+        if not self.seeds or min(self.seeds) < 0:
+            raise UsageError(f"--seeds must be numbers from 0 on, not {self.seeds}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UsageError(f"--seeds must differ, else they count twice, not {self.seeds}")
+
     @property
     def used_seeds(self) -> tuple[int, ...]:
         """The first of the seeds alone in a quick run."""
         return self.seeds[:1] if self.quick else self.seeds
 
 
-def run(main: Callable[[Any], Any], options: type[StudyOptions]) -> None:
+def run(main: Callable[[Any], Any], options: type[PageOptions]) -> None:
     """Reads the options, and says in one line what the caller can put right."""
     try:
         chosen = tyro.cli(options)

@@ -5,7 +5,6 @@ import platform
 import re
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,11 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxnorm
-from study.command import StudyOptions
+from study.command import PageOptions
 from study.findings import Finding
 
 PAGES = Path(__file__).parents[2] / "docs" / "reproductions"
-STARTED = time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Report:
         findings: each claim, what was measured, whether it held.
         picture: drawn.
         alt: what the picture shows, for those who do not see it.
+        notes: paragraphs that follow the findings.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Report:
     notes: Sequence[str] = field(default=())
 
 
-def conclude(report: Report, options: StudyOptions) -> Report:
+def conclude(report: Report, options: PageOptions) -> Report:
     """Prints the report, writes its picture, and its page if that is wanted."""
     console = Console()
     table = Table(*report.headings, caption=report.setting, show_lines=False)
@@ -76,32 +75,45 @@ def conclude(report: Report, options: StudyOptions) -> Report:
 
 def page_of(report: Report) -> str:
     """The page, in Markdown, with the command that makes it anew."""
-    command = shlex.join(["python", f"examples/{report.name}.py", *sys.argv[1:]])
+    command = shlex.join(["python", f"examples/{report.name}.py", *_without_out(sys.argv[1:])])
     data = "JAXNORM_DATA=folder/with/the/npz/files " if os.environ.get("JAXNORM_DATA") else ""
-    minutes = (time.perf_counter() - STARTED) / 60
-    findings = _markdown_table(
-        ("the paper says", "measured here", "verdict"),
-        [(one.claim, one.measured, f"**{one.verdict}**") for one in report.findings],
-    )
     title, _, about = report.about.partition("\n")
     parts = [
         f"# {title.rstrip('.')}",
         about.partition("How to run:")[0].strip(),
         "## What was found",
-        findings,
-        "Spread is the standard deviation between seeds. A claim held if the 95% confidence "
-        "interval of the difference, paired by seed, says so.",
+        *_findings(report.findings),
+        *report.notes,
         f"![{report.alt}]({report.name}.png)",
         "## The numbers",
         f"{report.setting}.",
         _markdown_table(report.headings, report.rows),
-        *report.notes,
         "## Run it yourself",
         f"```bash\n{data}{command}\n```",
-        f"Made on {datetime.now(UTC):%Y-%m-%d} in {minutes:.1f} minutes: {machine()}. "
+        f"Made on {datetime.now(UTC):%Y-%m-%d}: {machine()}. "
         f"[The script](../../examples/{report.name}.py) has a `--quick` form and all the options.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _findings(findings: Sequence[Finding]) -> list[str]:
+    if not findings:
+        return []
+    rows = [(one.claim, one.measured, f"**{one.verdict}**") for one in findings]
+    return [
+        _markdown_table(("the paper says", "measured here", "verdict"), rows),
+        "Spread is the standard deviation between seeds. A claim held if the 95% confidence "
+        "interval of the difference, paired by seed, says so.",
+    ]
+
+
+def _without_out(arguments: list[str]) -> list[str]:
+    """Where else the picture was written is of no interest."""
+    kept = list(arguments)
+    if "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return [one for one in kept if not one.startswith("--out=")]
 
 
 def machine() -> str:
@@ -112,7 +124,7 @@ def machine() -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "numpy"))
     where = f"{device.device_kind}, " if device.platform != "cpu" else ""
     return (
-        f"{where}{processor}, {cores} cores, {platform.system()}, "
+        f"{where}{processor}, {cores} core{'' if cores == 1 else 's'}, {platform.system()}, "
         f"Python {platform.python_version()}, {packages}, jaxnorm {jaxnorm.__version__}"
     )
 

@@ -1,7 +1,6 @@
 """Training of a Linen model: the steps of the README, and a loop."""
 
 from collections.abc import Callable
-from functools import cache, partial
 from typing import Any
 
 import jax
@@ -22,7 +21,8 @@ def create_state(
     model: nn.Module, seed: int, images: np.ndarray, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Draws the initial weights; `model` takes images and `train`."""
-    variables = _initializer(model)(jax.random.key(seed), images[:2])
+    # Without jit: operations one by one are compiled once for all models of these shapes.
+    variables = model.init(jax.random.key(seed), images[:2], train=False)
     return TrainState.create(
         apply_fn=model.apply,
         params=variables["params"],
@@ -30,12 +30,6 @@ def create_state(
         batch_stats=variables.get("batch_stats", {}),
         tx=optimizer,
     )
-
-
-@cache
-def _initializer(model: nn.Module) -> Callable[..., Any]:
-    # One for all seeds, which then share a compiled program.
-    return jax.jit(partial(model.init, train=False))
 
 
 def loss_of(state: TrainState, params: Any, images: jax.Array, labels: jax.Array):
