@@ -29,6 +29,7 @@ from population_mistakes import ROWS as WITH_POPULATIONS
 from replace_mistakes import ROWS as WITH_REPLACING
 from replicas_mistakes import ROWS as WITH_REPLICAS
 from report_mistakes import ROWS as WITH_REPORTS
+from study_mistakes import ROWS as WITH_STUDIES
 from tent_mistakes import ROWS as WITH_TENT
 from weight_mistakes import ROWS as WITH_WEIGHTS
 from whitening_mistakes import ROWS as WITH_WHITENING
@@ -52,6 +53,7 @@ ROWS = [
     *WITH_THE_BATCH_FAMILY,
     *WITH_DIAGNOSE,
     *WITH_EVIDENCE,
+    *WITH_STUDIES,
     *WITH_TENT,
     *WITH_REPORTS,
     *WITH_REPLACING,

@@ -17,7 +17,11 @@ README = (REPOSITORY / "README.md").read_text()
 
 
 def blocks_of(page):
-    return re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    """The code of a page: what is shown as Python, and the cells that the site executes."""
+    opening = r"^(`{3,})(?:python|\{code-cell\}[^\n]*)\n"
+    options = r"(?::[^\n]*\n|---\n.*?^---\n)*"
+    block = re.compile(rf"{opening}{options}(.*?)^\1 *$", flags=re.DOTALL | re.MULTILINE)
+    return [code for _, code in block.findall(page)]
 
 
 BLOCKS = blocks_of(README)
@@ -29,10 +33,10 @@ def test_code_runs(block):
 
 
 DOCS = REPOSITORY / "docs"
-PAGES = [DOCS / "devices.md", DOCS / "kernels.md", *sorted((DOCS / "tools").glob("*.md"))]
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if blocks_of(page.read_text())]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_code_of_a_page_runs(page, monkeypatch):
     """From top to bottom, in the root of the repository: a block goes on from those before."""
     monkeypatch.chdir(REPOSITORY)
@@ -103,10 +107,23 @@ def test_ci_runs_the_commands_of_the_readme():
         assert command in script, command
 
 
+def test_blocks_of_all_kinds_are_found():
+    page = (
+        "```python\na\n```\n```bash\nb\n```\n```{code-cell} ipython3\n:tags: [hide-input]\nc\n```\n"
+    )
+    assert blocks_of(page) == ["a\n", "c\n"]
+
+
+def test_executed_pages_execute_all_their_code():
+    """A page that the site executes has its code in cells, lest a reader misses a part of it."""
+    for page in PAGES:
+        text = page.read_text()
+        if "```{code-cell}" in text:
+            assert text.startswith("---\nfile_format: mystnb\n"), page
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/devices.md", "docs/kernels.md"])
-def test_links_lead_somewhere(page):
-    folder, text = (REPOSITORY / page).parent, (REPOSITORY / page).read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("http") or (folder / target).exists(), target
+def test_files_that_are_named_exist(page):
+    text = (REPOSITORY / page).read_text()
     for file in re.findall(r"`(?:python )?((?:tests|docs|benchmarks|examples)/[\w/.]+)`", text):
         assert (REPOSITORY / file).exists(), file

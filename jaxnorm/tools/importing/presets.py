@@ -27,7 +27,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "InstanceNorm": dict(
             epsilon=1e-5, momentum=0.9, running_var="unbiased", use_scale=False, use_bias=False
         ),
-        # torch.finfo(torch.float32).eps, where none is given and the input is float32.
+        # torch.finfo(torch.float32).eps, where none is given, for bfloat16 and float16 too.
         "RMSNorm": dict(epsilon=2.0**-23),
     },
     "keras": {
