@@ -98,7 +98,7 @@ def overheads(results: Results) -> list[Goal]:
         for what, part in (("tracing", "traced"), ("compiling", "compiled")):
             times = {one.name: getattr(one, part) for one in results.deep}
             ratios = {name: one.ratio(OURS, FLAX).middle for name, one in times.items()}
-            mean, worst = geometric_mean(ratios.values()), max(ratios, key=lambda key: ratios[key])
+            mean, worst = geometric_mean(ratios.values()), max(ratios, key=ratios.__getitem__)
             text = (
                 f"{mean:.2f} of it; most {ratios[worst]:.2f} ({worst}); "
                 f"Flax again: up to {noise_of(times.values())[1]:.2f}"
