@@ -8,7 +8,7 @@ renormalization does nearly as well with batches of 4 as with large ones, and th
 not i.i.d., batch norm breaks down and batch renormalization does not.
 
 This script trains one convolutional network with each norm and each size of batch for the same
-number of passes over the data, at rates proportional to the size, as the papers do. Then once more
+number of passes over the data, at rates proportional to the size, as Wu and He do. Then once more
 with batches that hold images of a single class, at a lower rate: at the usual one, no network
 learns from them, whatever its norm.
 
@@ -16,7 +16,8 @@ What differs from the papers: their networks are residual ones on ImageNet, with
 of several GPUs; here they are four convolutions and a dense layer on digits, and that layer's
 statistics come from as many numbers as there are images in the batch. Their limits of batch
 renormalization (r up to 3, d up to 5) rise over tens of thousands of steps; here in the second
-tenth of the training. In 1702.03275, dependent batches hold two images of each of 16 classes.
+tenth of the training. In 1702.03275, small batches are parts of a large one over which gradients
+are averaged, and dependent batches hold two images of each of 16 classes.
 
 How to run:
 
@@ -33,7 +34,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-from digits import CLASSES, draw_batches
+from digits import CLASSES, UsageError, draw_batches
 from flax import linen as nn
 from matplotlib.figure import Figure
 from study import (
@@ -108,6 +109,19 @@ class Options(StudyOptions):
     train_images: int = 1200
     """How many training images to use, at most."""
 
+    @property
+    def passes(self) -> int:
+        """One in a quick run."""
+        return 1 if self.quick else self.epochs
+
+    def check(self) -> None:
+        """Refuses impossible options."""
+        super().check()
+        if min(self.sizes, default=0) < 2:
+            raise UsageError(f"--sizes must be 2 or more images, not {self.sizes}")
+        if self.epochs < 1 or min(self.rate, self.dependent_rate) <= 0:
+            raise UsageError("--epochs must be 1 or more, --rate and --dependent-rate positive")
+
 
 class Network(nn.Module):
     """Four convolutions and a dense layer, with a norm behind each, and a linear output."""
@@ -165,7 +179,7 @@ def recipe(norm: str, steps: int, rate: float) -> tuple[Network, optax.GradientT
 def error_of(kind: Kind, seed: int, data: Images, options: Options) -> float:
     """The share of test images that a newly trained network gets wrong, in percent."""
     count = len(data.train_images)
-    steps = (1 if options.quick else options.epochs) * (count // kind.size)
+    steps = options.passes * (count // kind.size)
     if kind.dependent:
         batches = of_one_class(data.train_labels, kind.size, steps, seed)
     else:
@@ -190,21 +204,22 @@ def main(options: Options) -> Report:
         name="batch_size",
         about=__doc__ or "",
         setting=f"Test error in percent on {data.name}, {len(data.train_images)} training images, "
-        f"{options.epochs} passes, {len(options.used_seeds)} seeds",
+        f"{options.passes} passes, {len(options.used_seeds)} seeds",
         headings=["norm", *map(str, sizes), f"{DEPENDENT} of one class"],
         rows=[
             [norm, *(f"{Spread.of(errors[kind]):.1f}" for kind in kinds if kind.norm == norm)]
             for norm in NORMS
         ],
-        findings=findings_of(errors, sizes[0], sizes[-1]),
+        findings=findings_of(errors, sizes),
         picture=picture_of(errors, sizes, data.name),
         alt="Test error against the size of batches for four norms, and with one class a batch",
     )
     return conclude(report, options)
 
 
-def findings_of(errors: Errors, large: int, small: int) -> list[Finding]:
-    """The claims of the two papers."""
+def findings_of(errors: Errors, sizes: tuple[int, ...]) -> list[Finding]:
+    """The claims of the two papers, between the largest and the smallest batches."""
+    large, small = sizes[0], sizes[-1]
 
     def less(claim: str, first: Kind, second: Kind) -> Finding:
         found = (f"{kind}: {Spread.of(errors[kind]):.1f}" for kind in (first, second))
@@ -227,11 +242,14 @@ def findings_of(errors: Errors, large: int, small: int) -> list[Finding]:
             Kind(batch, large),
             Kind(group, large),
         ),
-        less(
-            f"with batches of {small}, batch renormalization errs less than batch norm "
-            "(1702.03275, section 4.2)",
-            Kind(renorm, small),
-            Kind(batch, small),
+        *(
+            less(
+                f"with batches of {size}, batch renormalization errs less than batch norm "
+                "(1702.03275, section 4.2)",
+                Kind(renorm, size),
+                Kind(batch, size),
+            )
+            for size in sizes[-2:]
         ),
         less(
             "with dependent batches, batch renormalization errs less than batch norm "

@@ -341,9 +341,10 @@ def findings_for(activation: str, courses: dict[str, list[Course]]) -> list[Find
     def words(measured: dict[str, list[float]], places: Sequence[str]) -> str:
         return "; ".join(f"{place}: {Spread.of(measured[place]):.3f}" for place in places)
 
+    source = "the paper has no tanh" if activation == "tanh" else "section 4"
     return [
         Finding(
-            f"{activation}: batch norm before the activation trains better than none (section 4)",
+            f"{activation}: batch norm before the activation trains better than none ({source})",
             "mean accuracy " + words(accuracies, ("before", "without")),
             compare(accuracies["before"], accuracies["without"]).more,
         ),

@@ -1,7 +1,8 @@
-"""The images that the examples train on: scikit-learn's digits, MNIST, or Fashion-MNIST.
+"""The images that the examples train on: scikit-learn's digits, MNIST, Fashion-MNIST, or USPS.
 
 Nothing is downloaded. scikit-learn brings its 1797 images along; the others are read from
-`mnist.npz` and `fashion_mnist.npz` in the folder that the environment variable JAXNORM_DATA names.
+`mnist.npz`, `fashion_mnist.npz` and `usps.npz` in the folder that the environment variable
+JAXNORM_DATA names.
 """
 
 import math
@@ -34,7 +35,10 @@ class Dataset:
     default_steps: int
 
 
-Choice = Literal["auto", "digits", "mnist", "fashion_mnist"]
+Choice = Literal["auto", "digits", "mnist", "fashion_mnist", "usps"]
+
+IN_FILES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "usps": "USPS"}
+"""Data sets that are read from files of these names, with `.npz`."""
 
 
 def load_dataset(choice: Choice, seed: int) -> Dataset:
@@ -47,9 +51,8 @@ def load_dataset(choice: Choice, seed: int) -> Dataset:
             f"--data {choice} needs the environment variable JAXNORM_DATA to name a folder with "
             f"{choice}.npz; --data digits needs no files"
         )
-    if choice == "fashion_mnist":
-        return load_mnist(Path(folder) / "fashion_mnist.npz", "Fashion-MNIST")
-    return load_mnist(Path(folder) / "mnist.npz")
+    name = "mnist" if choice == "auto" else choice
+    return load_mnist(Path(folder) / f"{name}.npz", IN_FILES[name])
 
 
 def load_small_digits(seed: int) -> Dataset:
@@ -67,7 +70,7 @@ def load_small_digits(seed: int) -> Dataset:
 
 
 def load_mnist(path: Path, name: str = "MNIST") -> Dataset:
-    """70,000 images of 28x28 pixels, with their usual split."""
+    """A data set in the form of MNIST, with its usual split."""
     way_out = "; to train on scikit-learn's digits instead, use --data digits"
     if not path.is_file():
         raise UsageError(f"JAXNORM_DATA is set, but there is no file {path}{way_out}")

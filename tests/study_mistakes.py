@@ -103,4 +103,16 @@ ROWS = [
         ValueError,
         r"^jacobian_singular_values: .*10000 x 10000.*limit of 20000000.*x\[:8\]",
     ),
+    Row(
+        "saturation of nothing",
+        lambda: saturated_share(X[:0], jnp.tanh),
+        ValueError,
+        r"^saturated_share: inputs of shape \(0, 3\) hold nothing.*inputs=x @ kernel",
+    ),
+    Row(
+        "saturation by a function without a steepest slope",
+        lambda: saturated_share(X, jnp.sqrt),
+        ValueError,
+        r"^saturated_share: the largest slope .* is (nan|inf).*activation=jax\.nn\.sigmoid",
+    ),
 ]

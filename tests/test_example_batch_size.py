@@ -63,6 +63,12 @@ def test_impossible_options_are_refused(example, options, message):
         example.Options(**options).check()
 
 
+@pytest.mark.parametrize("options", [{"sizes": (0,)}, {"sizes": ()}, {"epochs": 0}, {"rate": -1.0}])
+def test_impossible_numbers_are_refused(example, options):
+    with pytest.raises(sys.modules["digits"].UsageError, match=r"--(sizes|epochs) must be"):
+        example.Options(**options).check()
+
+
 def test_batches_larger_than_the_data_are_refused(example):
     with pytest.raises(sys.modules["digits"].UsageError, match="5000 images is more than the 50"):
         example.main(example.Options(data="digits", sizes=(5000,), train_images=50))

@@ -186,6 +186,13 @@ class TestInputShift:
         assert found.wasserstein.tolist() == [0, float("inf")]
         assert found.std_ratio.tolist() == [1, 1]
 
+    @pytest.mark.parametrize(("value", "rows"), [(0.7, (60, 59)), (0.3, (777, 500))])
+    def test_constants_that_no_mean_hits_exactly(self, value, rows):
+        first, second = (jnp.full((number, 1), value, jnp.float32) for number in rows)
+        found = input_shift(first, second)
+        assert [leaf.item() for leaf in found] == [0, 1, 0]
+        assert input_shift(first, second + 1).mean_change.item() == float("inf")
+
     def test_narrow_inputs_are_measured_in_float32(self):
         x = jnp.asarray(RNG.normal(size=(64, 2)), jnp.bfloat16)
         found = jax.jit(input_shift)(x, x * 2)
@@ -233,6 +240,9 @@ class TestJacobianSingularValues:
         found = jacobian_singular_values(lambda x: jnp.asarray(matrix) @ x, np.ones(5))
         assert found.dtype == np.float64
         np.testing.assert_allclose(found, np.linalg.svd(matrix)[1], rtol=1e-9)
+
+    def test_where_the_jacobian_is_not_finite(self):
+        assert np.isnan(jacobian_singular_values(jnp.sqrt, np.zeros(3))).tolist() == [True] * 3
 
     def test_of_a_nonlinear_function_at_a_point(self, x64):
         x = RNG.normal(size=(2, 3))

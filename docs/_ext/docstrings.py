@@ -6,6 +6,7 @@ in the source, and puts together what a Linen or NNX class inherits from its spe
 """
 
 import ast
+import functools
 import inspect
 import re
 import textwrap
@@ -38,11 +39,16 @@ class NameRole(SphinxRole):
         return [link], []
 
 
+@functools.cache
+def _names() -> Any:
+    return public_names()
+
+
 def full_name(text: str, module: str = "jaxnorm") -> str | None:
     """The public name that `text` means where `module` is documented; None for none."""
     homes = [f"{home}." for home in (module, *MODULES)]
     candidates = [text, *(home + text for home in homes), f"jaxnorm.{text}"]
-    names = public_names()
+    names = _names()
     return next((name for name in candidates if name in names), None)
 
 

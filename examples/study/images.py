@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from digits import Choice, Dataset, load_dataset
+from digits import Choice, Dataset, UsageError, load_dataset
 
 
 class Images(NamedTuple):
@@ -24,11 +24,14 @@ def images_of(
     """Loads a data set, as `digits.load_dataset`.
 
     Args:
-        choice: `"digits"`, `"mnist"`, `"fashion_mnist"`, or `"auto"`.
+        choice: `"digits"`, `"mnist"`, `"fashion_mnist"`, `"usps"`, or `"auto"`.
         side: pixels to a side, to which images are resized; None leaves them.
         train: how many training images at most, the same ones each time; None takes all.
         test: how many test images at most.
     """
+    for name, number in (("training", train), ("test", test)):
+        if number is not None and number < 1:
+            raise UsageError(f"{number} {name} images are none; take 1 or more")
     data: Dataset = load_dataset(choice, 0)
     some = np.random.default_rng(0).permutation(len(data.train_images))[:train]
     return Images(

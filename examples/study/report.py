@@ -103,7 +103,8 @@ def _findings(findings: Sequence[Finding]) -> list[str]:
     return [
         _markdown_table(("the paper says", "measured here", "verdict"), rows),
         "Spread is the standard deviation between seeds. A claim held if the 95% confidence "
-        "interval of the difference, paired by seed, says so.",
+        "interval of the difference, paired by seed, says so, or, where it names a bound, if that "
+        "is kept.",
     ]
 
 

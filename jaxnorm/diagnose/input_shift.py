@@ -73,13 +73,15 @@ def input_shift(before: ArrayLike, after: ArrayLike) -> InputShift:
             f"{second.shape[-1]}. Give the inputs of the same layer, features last: "
             f"jnp.moveaxis(x, 1, -1)."
         )
-    old, new = (moments(x, 0).stats() for x in (first, second))
+    # About the first value, so that a constant feature has a std of exactly 0.
+    old, new = (moments(x - x[:1], 0).stats() for x in (first, second))
     assert old.mean is not None
     assert new.mean is not None
     std, new_std = jnp.sqrt(old.var), jnp.sqrt(new.var)
     ratio = jnp.where((std == 0) & (new_std == 0), 1, new_std / std)
+    change = (second[0] - first[0]) + (new.mean - old.mean)
     moved = jax.vmap(_wasserstein, in_axes=1)(first, second)
-    return InputShift(_in_stds(new.mean - old.mean, std), ratio, _in_stds(moved, std))
+    return InputShift(_in_stds(change, std), ratio, _in_stds(moved, std))
 
 
 def _rows(x: ArrayLike, who: str) -> jax.Array:

@@ -28,7 +28,7 @@ def jacobian_singular_values(
     Returns:
         The singular values s, largest first: float64 `[min(x.size, y.size)]`. A normalization by
         the moments of its input has zeros among them: the mean and the scale of each group of
-        values do not come through.
+        values do not come through. All are NaN where the Jacobian is not finite.
 
     Raises:
         TypeError: `x` is not floating point.
@@ -66,4 +66,6 @@ def jacobian_singular_values(
             f"fewer examples or a part of the features: x[:8]."
         )
     jacobian = np.asarray(jax.jacobian(function)(x)).astype(np.float64)
+    if not np.isfinite(jacobian).all():
+        return np.full(min(x.size, y.size), np.nan)
     return np.linalg.svd(jacobian.reshape(y.size, x.size), compute_uv=False)

@@ -1,5 +1,6 @@
 """Saturated units: those through which next to no gradient comes."""
 
+import operator
 from collections.abc import Callable, Sequence
 
 import jax
@@ -38,8 +39,8 @@ def saturated_share(
 
     Raises:
         TypeError: `inputs` is not floating point.
-        ValueError: `threshold` is out of range, or the activation does not turn one number into
-            one.
+        ValueError: `threshold` is out of range, there are no inputs, or the activation does not
+            turn one number into one, or has no finite slope that is the largest.
 
     Numerics: the largest slope is that between -8 and 8, in steps of 0.005. NaN counts as not
         saturated.
@@ -58,6 +59,11 @@ def saturated_share(
     """
     who = "saturated_share"
     x = real_array(inputs, who)
+    if not x.size:
+        raise ValueError(
+            f"{who}: inputs of shape {x.shape} hold nothing. Give what goes into the activation: "
+            f"inputs=x @ kernel."
+        )
     if not 0 < threshold < 1:
         raise ValueError(
             f"{who}: threshold={threshold} is not between 0 and 1. Give the slope that counts as "
@@ -73,9 +79,18 @@ def saturated_share(
     def slopes(at: jax.Array) -> jax.Array:
         return jnp.abs(jax.vmap(jax.grad(activation))(at.ravel())).reshape(at.shape)
 
-    steepest = slopes(jnp.linspace(*SEARCHED, dtype=x.dtype)).max()
+    with jax.ensure_compile_time_eval():
+        steepest = slopes(jnp.linspace(*SEARCHED, dtype=x.dtype)).max()
+    # Not known beforehand if the activation has parameters that are traced.
+    if not isinstance(steepest, jax.core.Tracer) and not 0 < float(steepest) < float("inf"):
+        raise ValueError(
+            f"{who}: the largest slope of the activation between -8 and 8 is {float(steepest)}, to "
+            f"which no other compares. Give one with a slope everywhere: activation=jax.nn.sigmoid."
+        )
     return jnp.mean(slopes(x) < threshold * steepest, axis=_tuple(axes), dtype=jnp.float32)
 
 
 def _tuple(axes: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
-    return axes if axes is None or isinstance(axes, int) else tuple(axes)
+    if axes is None:
+        return None
+    return tuple(axes) if isinstance(axes, Sequence) else operator.index(axes)

@@ -33,7 +33,8 @@ class Layout(NamedTuple):
         features = max(axis for axis, size in enumerate(remaining) if size == self.shape[-1])
         if self.kind == "rows":
             return (*shape[:features], self.shape[-1])
-        examples = remaining.index(remaining[0] // self.shape[0])
+        of_one = remaining[0] // self.shape[0]
+        examples = max(axis for axis, size in enumerate(remaining) if size == of_one)
         return (self.shape[0], *(shape[examples:features] or (1,)), self.shape[-1])
 
 

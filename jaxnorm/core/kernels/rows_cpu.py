@@ -15,7 +15,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 KEEPS_AXES = True
-"""XLA fuses less across a reshape, so rows keep the axes that they have."""
+"""XLA fuses less across a reshape, so rows keep the axes that they have, forward. Backward, the
+products with vectors want them flat."""
 
 LARGE = 1 << 17
 """How many numbers make it worth while that a product with a vector takes longer to compile."""
