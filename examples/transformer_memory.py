@@ -32,6 +32,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -303,8 +304,8 @@ def main(options: Options) -> Report:
     report = Report(
         name="transformer_memory",
         about=__doc__ or "",
-        setting=f"TPU v5e, {AVAILABLE} GiB; blocks of width {options.width}, {options.sequences} "
-        f"sequences of {options.length} tokens, bfloat16, Adam in float32",
+        setting=f"TPU v5e by libtpu {version('libtpu')}, {AVAILABLE} GiB; blocks of width "
+        f"{options.width}, {options.sequences} sequences of {options.length} tokens, bfloat16, Adam in float32",
         headings=[
             "norms",
             "largest number of blocks",
