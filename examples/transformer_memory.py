@@ -305,7 +305,8 @@ def main(options: Options) -> Report:
         name="transformer_memory",
         about=__doc__ or "",
         setting=f"TPU v5e by libtpu {version('libtpu')}, {AVAILABLE} GiB; blocks of width "
-        f"{options.width}, {options.sequences} sequences of {options.length} tokens, bfloat16, Adam in float32",
+        f"{options.width}, {options.sequences} sequences of {options.length} tokens, bfloat16, "
+        "Adam in float32",
         headings=[
             "norms",
             "largest number of blocks",

@@ -354,7 +354,8 @@ def findings_of(runs: Runs, options: Options) -> list[Finding]:
         *says("DBN in groups errs less than over all features (1904.03441)", small, whole, ERROR),
         *says(f"IterNorm trains as fast per step as DBN: {within} (1904.03441)",
               iter_small, small, LOSS, near=True),
-        *says("a step with IterNorm costs less than one with DBN (1904.03441, of GPUs)",
+        *says("a step with IterNorm costs less than one with DBN, on this CPU "
+              "(1904.03441 speaks of GPUs)",
               iter_whole, whole, TIME),
         *says("over all features, IterNorm is stabler than DBN: its test error is smaller "
               "(1904.03441)", iter_whole, whole, ERROR),

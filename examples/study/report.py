@@ -104,7 +104,8 @@ def _findings(findings: Sequence[Finding]) -> list[str]:
         _markdown_table(("the paper says", "measured here", "verdict"), rows),
         "Spread is the standard deviation between seeds. A claim held if the 95% confidence "
         "interval of the difference, paired by seed, says so, or, where it names a bound, if that "
-        "is kept.",
+        "is kept. It did not hold if the interval says the opposite, and cannot be told if it "
+        "holds 0.",
     ]
 
 

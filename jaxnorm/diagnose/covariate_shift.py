@@ -51,7 +51,7 @@ def covariate_shift(
             normalization's parameters belong to the layer that it is part of.
 
     Returns:
-        A `CovariateShift` for each layer. That of the first is 0: there are no layers before it.
+        A `CovariateShift` for each layer. That of the first is 0, up to rounding.
 
     Raises:
         TypeError: `before` holds arrays without gradient.

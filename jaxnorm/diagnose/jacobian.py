@@ -54,7 +54,12 @@ def jacobian_singular_values(
     """
     who = "jacobian_singular_values"
     x = real_array(x, who)
-    y = jax.eval_shape(function, x)
+
+    # JAX keeps no weak reference to functions of NumPy.
+    def called(x: jax.Array) -> jax.Array:
+        return function(x)
+
+    y = jax.eval_shape(called, x)
     if not isinstance(y, jax.ShapeDtypeStruct) or not jnp.issubdtype(y.dtype, jnp.floating):
         raise ValueError(
             f"{who}: the function returns {y}, which is not one floating point array. Pick it: "
@@ -65,7 +70,7 @@ def jacobian_singular_values(
             f"{who}: a Jacobian of {y.size} x {x.size} numbers is over the limit of {LIMIT}. Take "
             f"fewer examples or a part of the features: x[:8]."
         )
-    jacobian = np.asarray(jax.jacobian(function)(x)).astype(np.float64)
+    jacobian = np.asarray(jax.jacobian(called)(x)).astype(np.float64)
     if not np.isfinite(jacobian).all():
         return np.full(min(x.size, y.size), np.nan)
     return np.linalg.svd(jacobian.reshape(y.size, x.size), compute_uv=False)

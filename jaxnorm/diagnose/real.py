@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm.core import checks
-
 
 def real_array(x: ArrayLike, who: str) -> jax.Array:
     """`x` as a floating point array.
@@ -13,7 +11,12 @@ def real_array(x: ArrayLike, who: str) -> jax.Array:
     Raises:
         TypeError: it is none.
     """
-    x = checks.inexact_array(x, who)
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"{who}: found {x.dtype}{list(x.shape)}, which is not floating point. Convert it: "
+            f"x.astype(jnp.float32)."
+        )
     if jnp.iscomplexobj(x):
         raise TypeError(
             f"{who}: found {x.dtype}{list(x.shape)}, which is not defined for complex numbers. "

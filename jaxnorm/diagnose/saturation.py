@@ -1,12 +1,13 @@
 """Saturated units: those through which next to no gradient comes."""
 
-import operator
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxnorm.core.axes import canonical_axes
 from jaxnorm.diagnose.real import real_array
 
 SEARCHED = (-8.0, 8.0, 3201)
@@ -40,7 +41,8 @@ def saturated_share(
     Raises:
         TypeError: `inputs` is not floating point.
         ValueError: `threshold` is out of range, there are no inputs, or the activation does not
-            turn one number into one, or has no finite slope that is the largest.
+            turn one number into one, or has no finite slope that is the largest, or axes are out of
+            range.
 
     Numerics: the largest slope is that between -8 and 8, in steps of 0.005. NaN counts as not
         saturated.
@@ -69,7 +71,12 @@ def saturated_share(
             f"{who}: threshold={threshold} is not between 0 and 1. Give the slope that counts as "
             f"flat, relative to the largest one: threshold=0.1."
         )
-    result = jax.eval_shape(activation, jax.ShapeDtypeStruct((), x.dtype))
+    axes = None if axes is None else canonical_axes(axes, x.ndim, who, "axes")
+
+    def elementwise(each: jax.Array) -> jax.Array:
+        return activation(each)  # JAX keeps no weak reference to functions of NumPy
+
+    result = jax.eval_shape(elementwise, jax.ShapeDtypeStruct((), x.dtype))
     if getattr(result, "shape", None) != ():
         raise ValueError(
             f"{who}: the activation turns one number into {result}. Give a function that acts on "
@@ -77,20 +84,14 @@ def saturated_share(
         )
 
     def slopes(at: jax.Array) -> jax.Array:
-        return jnp.abs(jax.vmap(jax.grad(activation))(at.ravel())).reshape(at.shape)
+        return jnp.abs(jax.vmap(jax.grad(elementwise))(at.ravel())).reshape(at.shape)
 
     with jax.ensure_compile_time_eval():
         steepest = slopes(jnp.linspace(*SEARCHED, dtype=x.dtype)).max()
     # Not known beforehand if the activation has parameters that are traced.
-    if not isinstance(steepest, jax.core.Tracer) and not 0 < float(steepest) < float("inf"):
+    if not isinstance(steepest, Tracer) and not 0 < float(steepest) < float("inf"):
         raise ValueError(
             f"{who}: the largest slope of the activation between -8 and 8 is {float(steepest)}, to "
             f"which no other compares. Give one with a slope everywhere: activation=jax.nn.sigmoid."
         )
-    return jnp.mean(slopes(x) < threshold * steepest, axis=_tuple(axes), dtype=jnp.float32)
-
-
-def _tuple(axes: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
-    if axes is None:
-        return None
-    return tuple(axes) if isinstance(axes, Sequence) else operator.index(axes)
+    return jnp.mean(slopes(x) < threshold * steepest, axis=axes, dtype=jnp.float32)
