@@ -105,7 +105,8 @@ def _findings(findings: Sequence[Finding]) -> list[str]:
         "Spread is the standard deviation between seeds. A claim held if the 95% confidence "
         "interval of the difference, paired by seed, says so, or, where it names a bound, if that "
         "is kept. It did not hold if the interval says the opposite, and cannot be told if it "
-        "holds 0.",
+        "holds 0. Rounding differs between machines and numbers of cores, and training makes it "
+        "grow: another run gives other digits, within the spread.",
     ]
 
 
