@@ -11,7 +11,7 @@ from jax.interpreters import mlir
 
 
 def is_divided(context: Any) -> bool:
-    """The same for what is lowered in this context, a Python value."""
+    """Whether it divides what is being lowered in this context."""
     axes = context.module_context.axis_context
     if isinstance(axes, mlir.SPMDAxisContext):
         manual = axes.manual_axes | frozenset(axes.mesh.manual_axes)
@@ -20,7 +20,7 @@ def is_divided(context: Any) -> bool:
 
 
 def divided() -> jax.Array:
-    """A constant, boolean and without axes: the compiler drops a branch that it rules out."""
+    """The answer inside a program: a constant, by which the compiler drops a branch."""
     return _divided_p.bind()
 
 
