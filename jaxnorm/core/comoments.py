@@ -21,8 +21,8 @@ from jaxnorm.core.covariance import (
 )
 from jaxnorm.core.devices import AxisName, Devices, devices
 from jaxnorm.core.feature_groups import feature_axis, group_shape, placed_by_compiler, split
+from jaxnorm.core.masks import clean, weighted
 from jaxnorm.core.matrix_roots import symmetric
-from jaxnorm.core.moments import clean
 from jaxnorm.core.pooling import reciprocal
 
 
@@ -52,7 +52,7 @@ class JointView(NamedTuple):
         return *examples, self.groups, x.shape[self.axis] // self.groups
 
     def weights(self, x: jax.Array, where: jax.Array | None) -> jax.Array | float:
-        """Which examples count, `[..., 1, 1]`, or 1 for all."""
+        """How much each example counts, `[..., 1, 1]`, or 1 for all."""
         if where is None:
             return 1.0
         return split(where, self.axis, 1).astype(precision.accumulation_dtype(x.dtype))
@@ -92,9 +92,8 @@ def _tangent_of_comoments(view: JointView, primals, tangents):
         examples = tuple(range(x.ndim - 1))
         groups = (len(examples),)
         offset = view.grouped(x, where) - lax.expand_dims(mean, examples)
-        if where is not None:
-            dx = jnp.where(where, dx, jnp.zeros_like(dx))
-        change = view.grouped(dx, None)
+        change = weighted(dx.astype(precision.accumulation_dtype(dx.dtype)), where)
+        change = view.grouped(change, None)
         products = lax.dot_general(
             offset,
             change,

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks
 from jaxnorm.core.devices import AxisName, Devices, decide_alike, devices
+from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.matrix_roots import symmetric
 from jaxnorm.core.moments import shift_along
 from jaxnorm.core.pooling import Parts, reciprocal, usable_shift, weighted_sums
@@ -196,7 +197,7 @@ def joint_input(x: ArrayLike, who: str) -> jax.Array:
     Raises:
         TypeError: it holds integers, 8 bits, or complex numbers.
     """
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     if jnp.iscomplexobj(x):
         raise TypeError(
             f"{who}: the input is {x.dtype}{list(x.shape)}, but covariances are taken of real "
@@ -214,7 +215,7 @@ def joint_mask(
         TypeError: the mask holds floating point numbers.
         ValueError: it does not fit, or could differ between the features of an example.
     """
-    where = checks.boolean_mask(where, shape, who)
+    where = checked_mask(where, shape, who)
     if where is not None and where.shape[axis] != 1:
         raise ValueError(
             f"{who}: a mask of shape {where.shape} says for each of {shape[axis]} features along "

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, Devices, devices, placed, placement
+from jaxnorm.core.masks import checked_mask, clean
 from jaxnorm.core.pooling import Parts, pooled, pooled_given, reciprocal
 
 
@@ -77,30 +78,6 @@ class Moments:
             else jnp.where(known, self.mean, jnp.zeros_like(self.mean)),
             var=jnp.where(known, self.var * correction, jnp.ones_like(self.var)),
         )
-
-
-def harmless(x: jax.Array, where: jax.Array | None) -> jax.Array | None:
-    """Which elements of `x` may take part; None for all, which is the case without a mask.
-
-    Under the mask (where it is False) NaN, infinities and huge numbers may not. Huge is what could
-    overflow when it is normalized and multiplied with itself: 0 times the resulting infinity would
-    be NaN. Other masked elements may, since a layer normalizes them as well.
-    """
-    if where is None:
-        return None
-    limit = float(jnp.finfo(precision.accumulation_dtype(x.dtype)).max) ** 0.25
-
-    def moderate(part: jax.Array) -> jax.Array:
-        largest = min(limit, float(jnp.finfo(part.dtype).max))
-        return (part >= -largest) & (part <= largest)
-
-    return where | (moderate(x.real) & moderate(x.imag) if jnp.iscomplexobj(x) else moderate(x))
-
-
-def clean(x: jax.Array, where: jax.Array | None) -> jax.Array:
-    """`x` with 0 in place of the elements that are not `harmless`."""
-    selected = harmless(x, where)
-    return x if selected is None else jnp.where(selected, x, jnp.zeros_like(x))
 
 
 def moments_keeping_axes(
@@ -195,9 +172,9 @@ def moments(
         of two parts.
     """
     who = "moments"
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     axes = ax.canonical_axes(axes, x.ndim, who, "axes")
-    where = checks.boolean_mask(where, x.shape, who)
+    where = checked_mask(where, x.shape, who)
     over = devices(axis_name, axis_index_groups, who)
     kept = _jitted_moments(x, axes, where, over, use_mean, shift_along(shift, x, axes, who))
     return kept if keepdims else jax.tree.map(lambda leaf: leaf.squeeze(axes), kept)

@@ -12,6 +12,7 @@ from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, devices, placement
 from jaxnorm.core.fused import Hint, normalize_by, normalize_fused
 from jaxnorm.core.kernels.use import current_use
+from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.moments import Moments, Stats, shift_along
 from jaxnorm.core.standardize import Plan, feature_along, result_dtype, stats_along
 
@@ -90,10 +91,10 @@ def normalize(
     Source:
         Ioffe & Szegedy 2015 (arXiv:1502.03167), Algorithm 1, for any axes.
     """
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     axes = ax.canonical_axes(axes, x.ndim, who, "axes")
     axis = ax.canonical_axes(axis, x.ndim, who)
-    where = checks.boolean_mask(where, x.shape, who)
+    where = checked_mask(where, x.shape, who)
     scale = feature_along(scale, x.shape, axis, who, "scale")
     bias = feature_along(bias, x.shape, axis, who, "bias")
     over = devices(axis_name, axis_index_groups, who)
@@ -141,9 +142,9 @@ def normalize_with_stats(
     who: str,
 ) -> jax.Array:
     """Standardizes by given statistics of each feature; the door of every inference function."""
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     axis = ax.canonical_axes(axis, x.ndim, who)
-    where = checks.boolean_mask(where, x.shape, who)
+    where = checked_mask(where, x.shape, who)
     stats = stats_along(stats, x.shape, axis, who)
     scale = feature_along(scale, x.shape, axis, who, "scale")
     bias = feature_along(bias, x.shape, axis, who, "bias")

@@ -17,7 +17,8 @@ from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import Devices
 from jaxnorm.core.kernels.use import Use
-from jaxnorm.core.moments import Moments, Stats, clean, moments_keeping_axes
+from jaxnorm.core.masks import clean
+from jaxnorm.core.moments import Moments, Stats, moments_keeping_axes
 
 
 class Plan(NamedTuple):
@@ -112,7 +113,7 @@ def standardize(
                [ 1.,  1.]], dtype=float32)
     """
     who = "standardize"
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     axes = ax.canonical_axes(axes, x.ndim, who, "axes")
     epsilon = checks.static_epsilon(epsilon, who)
     stats = stats_along(stats, x.shape, ax.other_axes(axes, x.ndim), who, "axes")
@@ -148,7 +149,7 @@ def affine(
         [[2.0, 3.0]]
     """
     who = "affine"
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     axis = ax.canonical_axes(axis, x.ndim, who)
     scale = feature_along(scale, x.shape, axis, who, "scale")
     bias = feature_along(bias, x.shape, axis, who, "bias")

@@ -41,7 +41,8 @@ class Shell(nn.Module):
         who = self._who
         self._check_options(who)
         initializing = self.is_initializing()
-        x = checks.inexact_array(x, who)
+        given = checks.any_array(x, who)
+        x = checks.input_array(given, who)
         axes = self._feature_axes(x.ndim, who)
         slots = self._slots(sizes(x.shape, axes), precision.is_complex(x.dtype), who)
         if not initializing and "updates" in slots:
@@ -57,7 +58,7 @@ class Shell(nn.Module):
         dtype = self.dtype
         if dtype is None:
             params = (values[name].dtype for name in ("scale", "bias") if name in values)
-            dtype = precision.promote(x.dtype, *params)
+            dtype = precision.promote_inexact(given.dtype, *params)
         y, changed = self._transform(values, x, mask, dtype, who, initializing=initializing, **mode)
         for name, value in changed.items():
             self.put_variable("batch_stats", name, value)

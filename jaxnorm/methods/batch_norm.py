@@ -92,7 +92,7 @@ def batch_norm(
     Source:
         Ioffe & Szegedy 2015 (arXiv:1502.03167), Algorithm 1.
     """
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     return normalize(
         x,
         scale,

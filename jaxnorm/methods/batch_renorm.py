@@ -27,6 +27,7 @@ from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, devices
 from jaxnorm.core.fused import evidence_by_plan
+from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.moments import Moments, Stats, shift_along
 from jaxnorm.core.normalize import normalize
 from jaxnorm.core.running import all_finite, update_running
@@ -100,9 +101,9 @@ def batch_renorm(
     Source:
         Ioffe 2017 (arXiv:1702.03275), Algorithm 1.
     """
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     axis = ax.canonical_axes(axis, x.ndim, who)
-    where = checks.boolean_mask(where, x.shape, who)
+    where = checked_mask(where, x.shape, who)
     scale = checks.feature_array(scale, x.shape, axis, who, "scale")
     bias = checks.feature_array(bias, x.shape, axis, who, "bias")
     stats_along(running, x.shape, axis, who)  # for what it refuses

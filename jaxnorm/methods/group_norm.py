@@ -21,6 +21,7 @@ from jaxnorm.core import axes as ax
 from jaxnorm.core import checks
 from jaxnorm.core.devices import AxisName
 from jaxnorm.core.feature_groups import group_shape, placed_by_compiler
+from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.normalize import normalize
 from jaxnorm.methods.affine import Affine
 from jaxnorm.methods.spec import Initializer, Slot, Values
@@ -88,11 +89,11 @@ def group_norm(
     Source:
         Wu & He 2018 (arXiv:1803.08494), equation 7.
     """
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     (axis,) = ax.canonical_axes(axis, x.ndim, who)
     axes = reduced_axes(axes, axis, x.ndim, who, "axes")
     groups = group_shape(x.shape[axis], num_groups, group_size, who)
-    where = checks.boolean_mask(where, x.shape, who)
+    where = checked_mask(where, x.shape, who)
     scale = checks.feature_array(scale, x.shape, (axis,), who, "scale")
     bias = checks.feature_array(bias, x.shape, (axis,), who, "bias")
 

@@ -23,6 +23,7 @@ from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName
 from jaxnorm.core.feature_groups import feature_axis, placed_by_compiler
+from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.moments import Moments, Stats
 from jaxnorm.methods.affine import Affine
 from jaxnorm.methods.batch_norm import BatchNorm, batch_norm, batch_norm_inference
@@ -167,13 +168,13 @@ def _checked(
     who: str,
 ) -> tuple[tuple[jax.Array, *tuple[jax.Array | None, ...]], int, int]:
     """The four arrays, the feature axis, and how many features are normalized by instance."""
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     along = feature_axis(axis, x.ndim, who)
     arrays = (
         x,
         checks.feature_array(scale, x.shape, (along,), who, "scale"),
         checks.feature_array(bias, x.shape, (along,), who, "bias"),
-        checks.boolean_mask(where, x.shape, who),
+        checked_mask(where, x.shape, who),
     )
     return arrays, along, instance_features(x.shape[along], ratio, who)
 
@@ -274,21 +275,22 @@ def ibn_b(
 
 
 def residual_sum(x: ArrayLike, shortcut: ArrayLike | None, who: str) -> jax.Array:
-    """`x + shortcut`, in the wider dtype of the two.
+    """`x + shortcut`, in the wider dtype of the two; float32 of two integers.
 
     Raises:
         ValueError: they differ in shape, and one would be spread.
     """
-    x = checks.inexact_array(x, who)
+    x = checks.any_array(x, who)
     if shortcut is None:
-        return x
-    shortcut = checks.inexact_array(shortcut, who)
+        return checks.input_array(x, who)
+    shortcut = checks.any_array(shortcut, who, "the shortcut")
     if shortcut.shape != x.shape:
         raise ValueError(
             f"{who}: a shortcut of shape {shortcut.shape} cannot be added to a residual branch of "
             f"shape {x.shape}. Bring it to that shape, for example by a 1 x 1 convolution."
         )
-    dtype = precision.promote(x.dtype, shortcut.dtype)
+    dtype = precision.promote_inexact(x.dtype, shortcut.dtype)
+    x, shortcut = checks.input_array(x, who), checks.input_array(shortcut, who)
     return x.astype(dtype) + shortcut.astype(dtype)
 
 

@@ -84,7 +84,7 @@ def instance_norm(
     Source:
         Ulyanov, Vedaldi & Lempitsky 2016 (arXiv:1607.08022), section 2.
     """
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     features = ax.canonical_axes(axis, x.ndim, who)
     batch = ax.canonical_axes(batch_axis, x.ndim, who, "batch_axis")
     both = sorted({*features} & {*batch})

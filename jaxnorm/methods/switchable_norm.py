@@ -178,7 +178,7 @@ def _normalized(
     **options: Any,
 ) -> tuple[jax.Array, Moments]:
     """The result, by given statistics or the batch's, and the evidence of the batch."""
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     features = ax.canonical_axes(axis, x.ndim, who)
     examples = ax.canonical_axes(batch_axis, x.ndim, who, "batch_axis")
     mean_weight = _logits(mean_weight, who, "mean_weight")

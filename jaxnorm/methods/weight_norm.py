@@ -71,7 +71,7 @@ def weight_norm(
     Source:
         Salimans & Kingma 2016 (arXiv:1602.07868), equation 2.
     """
-    v = checks.inexact_array(v, who)
+    v = checks.input_array(v, who)
     axis = output_axes(axis, v.ndim, who)
     # Standardization about the origin, with the sum of squares in place of their mean.
     stats = Stats(None, _square_norm(v, axis))

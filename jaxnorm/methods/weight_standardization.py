@@ -173,7 +173,7 @@ def _weight_and_axes(
     w: ArrayLike, axis: int | Sequence[int] | None, who: str
 ) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
     """The weight, the axes of its outputs, and all others."""
-    w = checks.inexact_array(w, who)
+    w = checks.input_array(w, who)
     axis = output_axes(axis, w.ndim, who)
     inputs = ax.other_axes(axis, w.ndim)
     if ax.extent(w.shape, inputs) < 2:

@@ -135,8 +135,8 @@ class Shell(nnx.Module):
 
     def _normalize(self: Any, x: ArrayLike, mask: ArrayLike | None, **mode: Any) -> jax.Array:
         """One call: normalizes, and stores what changed."""
-        array = checks.inexact_array(x, self._who)
-        features, flat = self._feature_sizes(array), self._features()
+        given = checks.any_array(x, self._who)
+        features, flat = self._feature_sizes(given), self._features()
         variables = self._variables()
         values = {name: variable[...] for name, variable in variables.items()}
         if flat != features:
@@ -145,11 +145,12 @@ class Shell(nnx.Module):
                 for name, value in values.items()
             }
         if self.promote_dtype is not None:
-            array, values = self._promoted(array, values)
+            given, values = self._promoted(given, values)
+        array = checks.input_array(given, self._who)
         dtype = self.dtype
         if dtype is None:
             dtypes = (values[name].dtype for name in self._promotes if name in values)
-            dtype = precision.promote(array.dtype, *dtypes)
+            dtype = precision.promote_inexact(given.dtype, *dtypes)
         y, changed = self._transform(
             values, array, mask, dtype, self._who, initializing=False, **mode
         )
