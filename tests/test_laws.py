@@ -29,7 +29,7 @@ MASKS = {
 
 def masks(*slow):
     """The kinds of masks, of which some only join a run with -m slow."""
-    rows = (pytest.param(kind, marks=pytest.mark.slow if kind in slow else ()) for kind in MASKS)
+    rows = [pytest.param(kind, marks=pytest.mark.slow if kind in slow else ()) for kind in MASKS]
     return pytest.mark.parametrize("kind", rows)
 
 
@@ -285,7 +285,7 @@ def test_strict_modes(subject, dtype, mode):
         "debug nans": jax.debug_nans(True),
         "tracer leaks": jax.checking_leaks(),
     }
-    x, mask = subject.input(dtype), subject.some_mask()
+    x, mask = subject.input(dtype), subject.some_weights()
     layer = subject.layer("linen", x)
 
     def loss(params, x):

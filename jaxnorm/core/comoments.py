@@ -133,15 +133,15 @@ def comoments(
         cov = sum (x - mean)(x - mean)^T / n
 
     Args:
-        x: array of any shape; float or bfloat16. All axes but `axis` are examples.
+        x: array of any shape; float or bfloat16; integers become float32. All axes but `axis` are
+            examples.
         axis: the feature axis.
         num_groups: number of groups of neighbouring features.
         group_size: features in a group; give either this or `num_groups`, and None for the other.
-        where: boolean mask with as many axes as `x`, of size 1 along `axis` and of the size of `x`
-            or 1 along the others; True counts. NaN and infinities under the mask reach neither the
-            result nor its derivatives.
+        where: which examples count, by booleans or weights, or None for all; of the shape of `x`,
+            but of size 1 along `axis`. See `normalize`.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
-            the evidence is pooled, weighted by the number of valid examples on each device.
+            the evidence is pooled, weighted by the count of each device.
         axis_index_groups: groups of indices along `axis_name`; each pools on its own.
 
     Returns:
@@ -149,7 +149,7 @@ def comoments(
         symmetric.
 
     Raises:
-        TypeError: `x` is no real floating point array, or the mask is floating point.
+        TypeError: `x` is complex, holds no numbers, or floats of 8 bits, or the mask is complex.
         ValueError: an axis out of range, a mask that does not fit or differs between features,
             groups that do not divide the features.
         NameError: `axis_name` is not bound.

@@ -51,7 +51,7 @@ class Comoments:
     unequal their counts; a count of 0 is allowed and changes nothing.
 
     Attributes:
-        count: number of examples, `[groups]`, float32 or wider.
+        count: number of examples, or the sum of their weights, `[groups]`, float32 or wider.
         mean: their mean, `[groups, group size]`.
         cov: their biased covariance, `[groups, group size, group size]`, symmetric.
     """
@@ -65,7 +65,8 @@ class Comoments:
 
         Args:
             ddof: degrees of freedom taken off the count in the covariance's denominator: 0 for the
-                biased covariance, by which a batch is whitened, 1 for Bessel's correction.
+                biased covariance, by which a batch is whitened, 1 for Bessel's correction. Weights
+                are taken for how often an example was seen.
 
         Returns:
             `JointStats`, with mean 0 and covariance I wherever the count does not exceed `ddof`.
@@ -192,10 +193,10 @@ def _per_matrix(weight: jax.Array | float) -> jax.Array | float:
 
 
 def joint_input(x: ArrayLike, who: str) -> jax.Array:
-    """`x` as an array of real floating point numbers.
+    """`x` as an array of real floating point numbers; integers become float32.
 
     Raises:
-        TypeError: it holds integers, 8 bits, or complex numbers.
+        TypeError: it holds 8 bits, or complex numbers.
     """
     x = checks.input_array(x, who)
     if jnp.iscomplexobj(x):
@@ -209,10 +210,10 @@ def joint_input(x: ArrayLike, who: str) -> jax.Array:
 def joint_mask(
     where: ArrayLike | None, shape: tuple[int, ...], axis: int, who: str
 ) -> jax.Array | None:
-    """`where` as a boolean array of size 1 along the feature `axis`.
+    """`where` as booleans or weights of size 1 along the feature `axis`.
 
     Raises:
-        TypeError: the mask holds floating point numbers.
+        TypeError: the mask is complex.
         ValueError: it does not fit, or could differ between the features of an example.
     """
     where = checked_mask(where, shape, who)

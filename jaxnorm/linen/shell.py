@@ -120,9 +120,9 @@ class StatelessShell(Shell):
         """Normalizes `x`.
 
         Args:
-            x: input of any shape; float, bfloat16, or complex.
-            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
-                Masked elements are normalized too, see `jaxnorm.normalize`.
+            x: input of any shape; float, bfloat16 or complex; integers become float32.
+            mask: which elements count, by booleans or weights, or None for all; of the shape of
+                `x`, or of size 1 along some axes. See `jaxnorm.normalize`.
 
         Returns:
             Array of the shape of `x`.
@@ -165,11 +165,11 @@ class RunningStatsShell(ModalShell):
         """Normalizes `x`.
 
         Args:
-            x: input of any shape; float, bfloat16, or complex.
+            x: input of any shape; float, bfloat16 or complex; integers become float32.
             use_running_average: True for inference, False for training; here or in the constructor,
                 not both.
-            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
-                Masked elements are normalized too, see `jaxnorm.normalize`.
+            mask: which elements count, by booleans or weights, or None for all; of the shape of
+                `x`, or of size 1 along some axes. See `jaxnorm.normalize`.
             update_stats: whether training moves the running statistics; None for the constructor's
                 choice. False needs no mutable collection.
 

@@ -75,15 +75,15 @@ def batch_norm_backward_steps(
         x: the input of the batch normalization; real, any shape.
         scale: one factor per feature, or None for 1.
         axis: the feature axis or axes of `x`.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1; masked elements
-            do not count for mean and variance, but are normalized by them.
+        where: which elements count, by booleans or weights, or None for all; of the shape of `x`,
+            or of size 1 along some axes. See `normalize`.
         epsilon: added to the variance, inside the root.
 
     Returns:
         `BackwardSteps`, in float32 or wider.
 
     Raises:
-        TypeError: `x` or `dy` is not floating point.
+        TypeError: `x` or `dy` is complex, or holds floats of 8 bits.
         ValueError: `dy`, `scale` or the mask does not fit `x`; an axis out of range or named twice.
 
     Example:
@@ -150,14 +150,15 @@ def batch_norm_backward(
         x: the input of the batch normalization; real, any shape.
         scale: one factor per feature, or None for 1.
         axis: the feature axis or axes of `x`.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1.
+        where: which elements count, by booleans or weights, or None for all; of the shape of `x`,
+            or of size 1 along some axes. See `normalize`.
         epsilon: added to the variance, inside the root.
 
     Returns:
         `dx` of the shape of `x`, `dscale` and `dbias` per feature, in float32 or wider.
 
     Raises:
-        TypeError: `x` or `dy` is not floating point.
+        TypeError: `x` or `dy` is complex, or holds floats of 8 bits.
         ValueError: `dy`, `scale` or the mask does not fit `x`; an axis out of range or named twice.
 
     Example:

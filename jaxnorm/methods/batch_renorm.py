@@ -65,7 +65,8 @@ def batch_renorm(
     `batch_norm_inference`, by the running statistics.
 
     Args:
-        x: array of any shape; float, bfloat16, or complex, for which the magnitude of d is limited.
+        x: array of any shape; float, bfloat16 or complex; integers become float32, for which the
+            magnitude of d is limited.
         running: the running statistics before this batch, one entry per feature, as
             `update_renorm` moves them; a mean of None is 0. No derivative passes through them.
         scale: one factor per feature (gamma), or None for 1.

@@ -48,8 +48,8 @@ def group_norm(
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
     Args:
-        x: array of any shape, such as `[batch, height, width, features]`; float, bfloat16, or
-            complex.
+        x: array of any shape, such as `[batch, height, width, features]`; float, bfloat16 or
+            complex; integers become float32.
         scale: one factor per feature, or None for 1.
         bias: one summand per feature, or None for 0.
         num_groups: number of groups of neighbouring features.
@@ -57,8 +57,8 @@ def group_norm(
         axes: the axes along which mean and variance are taken; `axis` must be among them, and
             counts for the features of one group. None for all but the first, the batch.
         axis: the feature axis.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1; False does not
-            count. See `normalize` for what happens to masked elements.
+        where: which elements count, by booleans or weights, or None for all; of the shape of `x`,
+            or of size 1 along some axes. See `normalize`.
         epsilon: added to the variance, inside the root.
         axis_name: name or names of mapped axes over which the examples extend.
         axis_index_groups: groups of indices along `axis_name`; each holds examples of its own.
@@ -69,8 +69,8 @@ def group_norm(
         Array of the shape of `x`.
 
     Raises:
-        TypeError: `x` is neither floating point nor complex, the mask is floating point, or `dtype`
-            cannot hold the result.
+        TypeError: `x` holds no numbers, or floats of 8 bits, the mask is complex, or `dtype` cannot
+            hold the result.
         ValueError: groups that do not divide the features; axes out of range, named twice, or
             without the feature axis; a mask or parameters that do not fit.
         NameError: `axis_name` is not bound.
@@ -174,8 +174,8 @@ class GroupNorm(Affine):
         zero_centered_scale: store the scale minus 1; `scale_init` is then zeros.
 
     Raises:
-        TypeError: integer input; a floating point mask; an epsilon that is no number; a result that
-            `dtype` cannot hold.
+        TypeError: input of 8-bit floats; a complex mask; an epsilon that is no number; a result
+            that `dtype` cannot hold.
         ValueError: groups that do not divide the features, axes without the feature axis, an input
             or a mask of the wrong shape, axes out of range or named twice.
         NameError: `axis_name` is not bound.

@@ -52,14 +52,15 @@ def ibn_a(
         y = concatenate(instance_norm(x[first features]), batch_norm(x[other features]))
 
     Args:
-        x: array such as `[batch, height, width, features]`; float, bfloat16, or complex.
+        x: array such as `[batch, height, width, features]`; float, bfloat16 or complex; integers
+            become float32.
         scale: one factor per feature, of both parts, or None for 1.
         bias: one summand per feature, of both parts, or None for 0.
         ratio: of the features, round(ratio * features) are normalized by instance.
         axis: the feature axis, one.
         batch_axis: the axis or axes of examples; all others are space.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1; False does not
-            count. See `normalize` for what happens to masked elements.
+        where: which elements count, by booleans or weights, or None for all; of the shape of `x`,
+            or of size 1 along some axes. See `normalize`.
         epsilon: added to the variances, inside the root.
         shift: an estimate of the means of the other features, as in `batch_norm`.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
@@ -73,8 +74,8 @@ def ibn_a(
         `update_running`.
 
     Raises:
-        TypeError: `x` is neither floating point nor complex, the mask is floating point, or `dtype`
-            cannot hold the result.
+        TypeError: `x` holds no numbers, or floats of 8 bits, the mask is complex, or `dtype` cannot
+            hold the result.
         ValueError: several feature axes, a ratio that leaves a part without features, axes out of
             range or used twice, a mask or parameters that do not fit.
         NameError: `axis_name` is not bound.
@@ -122,7 +123,8 @@ def ibn_a_inference(
     """Instance norm for the first features, given statistics for the others (inference).
 
     Args:
-        x: array such as `[batch, height, width, features]`; float, bfloat16, or complex.
+        x: array such as `[batch, height, width, features]`; float, bfloat16 or complex; integers
+            become float32.
         stats: mean and variance of each of the other features: running statistics.
         scale, bias, ratio, axis, batch_axis, where, epsilon, dtype, who: as in `ibn_a`.
 
@@ -232,8 +234,8 @@ def ibn_b(
         y = instance_norm(x + shortcut)
 
     Args:
-        x: array such as `[batch, height, width, features]`; float, bfloat16, or complex: the
-            residual branch.
+        x: array such as `[batch, height, width, features]`; float, bfloat16 or complex; integers
+            become float32: the residual branch.
         shortcut: array of the shape of `x`, what the branch is added to; None for nothing, as in
             the stem.
         scale, bias, axis, batch_axis, where, epsilon, axis_name, axis_index_groups, dtype, who: as
@@ -243,8 +245,7 @@ def ibn_b(
         The result, of the shape of `x`, and the `Moments` of each example and feature of the sum.
 
     Raises:
-        TypeError, ValueError, NameError: as `instance_norm`; also for a shortcut that is not
-            floating point, or of another shape.
+        TypeError, ValueError, NameError: as `instance_norm`; also for a shortcut of another shape.
 
     Numerics:
         The sum is taken in the wider dtype of the two, as without a norm; the rest as

@@ -178,9 +178,9 @@ class StatelessShell(Shell):
         """Normalizes `x`.
 
         Args:
-            x: input of any shape; float, bfloat16, or complex.
-            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
-                Masked elements are normalized too, see `jaxnorm.normalize`.
+            x: input of any shape; float, bfloat16 or complex; integers become float32.
+            mask: which elements count, by booleans or weights, or None for all; of the shape of
+                `x`, or of size 1 along some axes. See `jaxnorm.normalize`.
 
         Returns:
             Array of the shape of `x`.
@@ -230,11 +230,11 @@ class RunningStatsShell(ModalShell):
         """Normalizes `x`, and in training moves the running statistics.
 
         Args:
-            x: input of any shape; float, bfloat16, or complex.
+            x: input of any shape; float, bfloat16 or complex; integers become float32.
             use_running_average: True for inference, False for training; None for the layer's
                 choice, which `train()`, `eval()` and `nnx.view` set.
-            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
-                Masked elements are normalized too, see `jaxnorm.normalize`.
+            mask: which elements count, by booleans or weights, or None for all; of the shape of
+                `x`, or of size 1 along some axes. See `jaxnorm.normalize`.
             update_stats: whether training moves the running statistics; None for the layer's
                 choice.
 

@@ -106,9 +106,9 @@ def tent(
         A `Tent`: `init`, `step` and `predict` are pure and can be jitted and scanned; a state may
         be donated. The logits of `step` are those before its last optimizer step, which then serves
         the next batch, as in the paper: they cost no forward pass of their own. For predictions
-        after it, `predict(state, batch)`. `mask` of `step`, boolean of the shape of the logits
-        without classes, says which predictions count in the loss; to keep padding out of the
-        statistics too, let `call` hand a mask to the norms.
+        after it, `predict(state, batch)`. `mask` of `step`, booleans or weights of the shape
+        of the logits without classes, says which predictions count in the loss; to keep padding out
+        of the statistics too, let `call` hand a mask to the norms.
 
     Raises:
         TypeError: no model; no Optax optimizer; an `only` that is no text and no function; logits
