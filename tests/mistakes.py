@@ -152,9 +152,9 @@ MISTAKES_AT_DOORS = (
     + rows(
         "mask without feature axis, as long as the features",
         ValueError,
-        r"mask of shape \(4, 3\).*\(4, 3, 3\) in 2 ways.*mask\[\.\.\., None\] or mask\[None, \.",
-        shape=(4, 3, 3),
-        mask=((4, 3), bool),
+        r"mask of shape \(3, 3\).*\(3, 3, 3\) in 2 ways.*mask\[\.\.\., None\] or mask\[None, \.",
+        shape=(3, 3, 3),
+        mask=((3, 3), bool),
     )
     + rows(
         "mask without two axes",

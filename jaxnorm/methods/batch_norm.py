@@ -235,11 +235,11 @@ class BatchNorm(Affine, RunningStats):
         From Flax: the variance keeps its digits at large means; devices and masks are weighted by
         counts; NaN under the mask does no harm; float64 and complex input do not change the dtype
         of the statistics; the gradient by running statistics is 0, also in inference (differentiate
-        `batch_norm_inference` for it). A mask of numbers between 0 and 1
-        holds weights, where Flax knows counted and not counted. Refused where Flax guesses: masks
-        whose axes fit in several ways, an axis named twice, a momentum outside 0 to 1, an epsilon
-        that is traced. Training on one value per feature warns. From the paper: the running variance is
-        biased by default, as in Flax.
+        `batch_norm_inference` for it). A mask of numbers between 0 and 1 holds weights, where Flax
+        knows counted and not counted. Refused where Flax guesses: masks whose axes fit in several
+        ways, an axis named twice, a momentum outside 0 to 1, an epsilon that is traced. Training on
+        one value per feature warns. From the paper: the running variance is biased by default, as
+        in Flax.
     """
 
     use_running_average: bool | None = None
