@@ -24,7 +24,7 @@ from jaxnorm.core import checks
 from jaxnorm.core.devices import AxisName, Devices, decide_alike, devices
 from jaxnorm.core.matrix_roots import symmetric
 from jaxnorm.core.moments import shift_along
-from jaxnorm.core.pooling import Parts, reciprocal, usable_shift, weighted_sums
+from jaxnorm.core.pooling import Parts, near_enough, reciprocal, usable_shift, weighted_sums
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +101,6 @@ def pooled_jointly(
     axes: tuple[int, ...],
     over: Devices | None,
     shift: jax.Array | None = None,
-    epsilon: float = 0.0,
 ) -> Comoments:
     """The pooling formula (see the top of this file), along `axes` and over devices.
 
@@ -113,7 +112,6 @@ def pooled_jointly(
         axes: the axes of the means along which the parts lie; not the last.
         over: mapped axes over which parts lie as well, or None.
         shift: an estimate of the mean, of size 1 along `axes`, or None.
-        epsilon: what will be added to the diagonal of the covariance.
 
     Numerics: as `pooling.pooled`, from which this differs in that products are summed by a matrix
     product. By two passes, the second about the mean that the first one found, or by one about a
@@ -171,8 +169,7 @@ def pooled_jointly(
     pivot = jnp.expand_dims(squeezed(shift), 0)
     evidence = put_together(total, pivot, *rows)
     var = jnp.diagonal(evidence.cov, axis1=-2, axis2=-1)
-    near = jnp.square(evidence.mean - pivot) <= NEAR_JOINTLY**2 * (var + epsilon)
-    near = (near & jnp.isfinite(var)).all()
+    near = near_enough(evidence.mean - pivot, pivot, var, NEAR_JOINTLY)
     return lax.cond(near, lambda: jax.tree.map(parts.own, evidence), two_passes)
 
 

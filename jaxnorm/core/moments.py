@@ -110,7 +110,6 @@ def moments_keeping_axes(
     over: Devices | None,
     use_mean: bool,
     shift: jax.Array | None = None,
-    epsilon: float = 0.0,
 ) -> Moments:
     """`moments` after the door: `axes` canonical and kept as size 1, as in `shift`."""
 
@@ -123,7 +122,7 @@ def moments_keeping_axes(
         return count, wide, 0.0
 
     parts = Parts(x.shape, axes, over)
-    return Moments(*pooled(look, parts, shift if use_mean else None, epsilon))
+    return Moments(*pooled(look, parts, shift if use_mean else None))
 
 
 def shift_along(

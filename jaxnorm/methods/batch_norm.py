@@ -279,7 +279,8 @@ class BatchNorm(Affine, RunningStats):
         options |= dict(dtype=dtype, who=who)
         if use_running_average:
             return batch_norm_inference(x, stored, scale, bias, **options), {}
-        options |= dict(shift=stored.mean, **self._mapped_axes(initializing, who))
+        options |= dict(shift=self._shift(stored.mean, stored.var))
+        options |= self._mapped_axes(initializing, who)
         y, batch = self._by_batches(batch_norm, initializing)(x, scale, bias, **options)
         if initializing:
             return y, {}

@@ -368,7 +368,7 @@ class BatchRenorm(BatchNorm):
             axis=self.axis,
             where=mask,
             epsilon=self.epsilon,
-            shift=stored.mean,
+            shift=self._shift(stored.mean, stored.var),
             dtype=dtype,
             who=who,
             **self._mapped_axes(initializing, who),

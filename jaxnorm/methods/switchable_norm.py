@@ -344,7 +344,8 @@ class SwitchableNorm(Affine, RunningStats):
         options |= dict(epsilon=self.epsilon, dtype=dtype, who=who)
         if use_running_average:
             return switchable_norm_inference(x, stored, *parameters, **options), {}
-        options |= dict(shift=stored.mean, **self._mapped_axes(initializing, who))
+        options |= dict(shift=self._shift(stored.mean, stored.var))
+        options |= self._mapped_axes(initializing, who)
         y, batch = self._by_batches(switchable_norm, initializing)(x, *parameters, **options)
         if initializing or not update_stats:
             return y, {}
