@@ -222,15 +222,18 @@ def joint_mask(
 
 
 def joint_stats(stats: JointStats, who: str) -> JointStats:
-    """Checked statistics.
+    """Checked statistics, in float32 or wider.
 
     Raises:
-        TypeError: they are no `JointStats`.
+        TypeError: they are no `JointStats`, or hold integers or 8 bits.
         ValueError: mean and covariance do not fit each other.
     """
     fix = "Of evidence, take the estimate: comoments.stats()."
     checks.of_kind(JointStats, stats, who, fix)
-    mean, cov = jnp.asarray(stats.mean), jnp.asarray(stats.cov)
+    mean, cov = (
+        checks.wide(leaf, who, what)
+        for leaf, what in ((stats.mean, "the mean"), (stats.cov, "the covariance"))
+    )
     if mean.ndim != 2 or cov.shape != (*mean.shape, mean.shape[-1]):
         raise ValueError(
             f"{who}: a mean of shape {mean.shape} and a covariance of shape {cov.shape} do not "
@@ -278,7 +281,7 @@ def pool_comoments(
         `Comoments` of everything together.
 
     Raises:
-        TypeError: `stacked` is no `Comoments`.
+        TypeError: `stacked` is no `Comoments`, or holds integers.
         ValueError: an axis out of range or named twice.
         NameError: `axis_name` is not bound.
 
@@ -291,10 +294,17 @@ def pool_comoments(
     """
     who = "pool_comoments"
     _check_evidence(stacked, who)
-    count = jnp.asarray(stacked.count)
+    mean, cov = (
+        checks.wide(stacked.mean, who, "the mean"),
+        checks.wide(stacked.cov, who, "the covariance"),
+    )
+    count = jnp.asarray(stacked.count, mean.dtype)
     axes = () if axes is None else ax.canonical_axes(axes, count.ndim, who, "axes")
     over = devices(axis_name, axis_index_groups, who)
-    mean, cov = jnp.asarray(stacked.mean), jnp.asarray(stacked.cov)
+    # Without evidence there is nothing to know: 0 times NaN would be NaN.
+    unknown = (count == 0)[..., None]
+    mean = jnp.where(unknown, jnp.zeros_like(mean), mean)
+    cov = jnp.where(unknown[..., None], jnp.zeros_like(cov), cov)
     shift = shift_along(shift, mean, axes, who)
     return pooled_jointly(lambda: (count[..., None], mean, cov), mean.shape, axes, over, shift)
 

@@ -233,6 +233,7 @@ def pool(
         `Moments` of everything together.
 
     Raises:
+        TypeError: `stacked` is no `Moments`, or holds integers.
         ValueError: an axis out of range or named twice.
         NameError: `axis_name` is not bound.
 
@@ -254,17 +255,25 @@ def pool(
 
 
 def _full(evidence: Moments, who: str) -> Moments:
-    """Arrays of one shape: a count given by hand may be one number for all features."""
+    """Arrays of one shape, wide: a count given by hand may be one number for all features.
+
+    Where the count is 0, there is nothing to know: mean and variance are 0, whatever was given.
+    """
     checks.of_kind(
         Moments, evidence, who, "Evidence comes from jaxnorm.moments(x, axes); Stats have no count."
     )
-    mean = None if evidence.mean is None else jnp.asarray(evidence.mean)
-    whole = jnp.asarray(evidence.var) if mean is None else mean
+    var = checks.wide(evidence.var, who, "the variance")
+    mean = None if evidence.mean is None else checks.wide(evidence.mean, who, "the mean")
+    whole = var if mean is None else mean
     real = precision.real_dtype(whole.dtype)
     count, var = (
-        jnp.broadcast_to(jnp.asarray(leaf, real), whole.shape)
-        for leaf in (evidence.count, evidence.var)
+        jnp.broadcast_to(jnp.asarray(leaf, real), whole.shape) for leaf in (evidence.count, var)
     )
+    mean, var = (
+        None if leaf is None else jnp.where(count == 0, jnp.zeros_like(leaf), leaf)
+        for leaf in (mean, var)
+    )
+    assert var is not None
     return Moments(count, mean, var)
 
 
@@ -278,7 +287,7 @@ def merge(*parts: Moments) -> Moments:
         `Moments` of that shape. The order of `parts` matters only by rounding.
 
     Raises:
-        TypeError: a part is no `Moments`.
+        TypeError: a part is no `Moments`, or holds integers.
         ValueError: no evidence, of different shapes, or some about the origin and some not.
 
     Example:

@@ -247,6 +247,7 @@ def _mixture(
 def _logits(weight: ArrayLike, who: str, what: str) -> jax.Array:
     """Three logits, in float32 or wider."""
     weight = jnp.asarray(weight)
+    checks.not_narrow(weight, who, what, f"{what}.astype(jnp.float32)")
     if weight.shape != (3,):
         raise ValueError(
             f"{who}: {what} has shape {weight.shape}, but weighs the statistics of instance, layer "
