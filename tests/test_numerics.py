@@ -200,3 +200,49 @@ def test_strict_modes(mode, dtype, masked, jit):
     assert all(
         np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(result[2:])
     )
+
+
+# Near the ends of float32.
+
+THREE = jnp.zeros(3)
+AT_EVERY_SIZE = {
+    "batch_norm": lambda x: jaxnorm.batch_norm(x, epsilon=0)[0],
+    "layer_norm": lambda x: jaxnorm.layer_norm(x, epsilon=0),
+    "rms_norm": lambda x: jaxnorm.rms_norm(x, epsilon=0),
+    "group_norm": lambda x: jaxnorm.group_norm(x, num_groups=3, epsilon=0),
+    "instance_norm": lambda x: jaxnorm.instance_norm(x, epsilon=0)[0],
+    "ibn_a": lambda x: jaxnorm.ibn_a(x, epsilon=0)[0],
+    "switchable_norm": lambda x: jaxnorm.switchable_norm(x, THREE, THREE, epsilon=0)[0],
+    "decorrelated_batch_norm": lambda x: jaxnorm.decorrelated_batch_norm(x, epsilon=0)[0],
+    "iter_norm": lambda x: jaxnorm.iter_norm(x, epsilon=0)[0],
+    "ghost batches": lambda x: jaxnorm.ghost_batches(jaxnorm.batch_norm, 4)(x, epsilon=0)[0],
+}
+WEIGHTS_AT_EVERY_SIZE = {
+    "weight_norm": lambda w: jaxnorm.weight_norm(w, epsilon=0),
+    "weight_standardization": lambda w: jaxnorm.weight_standardization(w, epsilon=0),
+    "scaled": lambda w: jaxnorm.scaled_weight_standardization(w, epsilon=0),
+    "scaled, epsilon": lambda w: jaxnorm.scaled_weight_standardization(1e10 * w, epsilon=0.1),
+}
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("name", [*AT_EVERY_SIZE, *WEIGHTS_AT_EVERY_SIZE])
+def test_the_sizes_that_docstrings_promise(name):
+    """The output does not depend on the size of the input, and the gradient goes by its inverse."""
+    if name in AT_EVERY_SIZE:
+        function, x, sizes = AT_EVERY_SIZE[name], offset_data(0, 1, (8, 4, 4, 6)), (1e-12, 1e12)
+    else:
+        function, x = WEIGHTS_AT_EVERY_SIZE[name], offset_data(0, 1, (24, 6))
+        sizes = (1e12, 1e20) if "epsilon" in name else (1e-12, 1e12, 1e30)
+
+    @jax.jit
+    def both(x):
+        y, pull = jax.vjp(function, x)
+        return y, pull(jnp.sin(3 * y))[0]
+
+    expected, gradient = both(x)
+    for size in sizes:
+        y, found = both(x * np.float32(size))
+        np.testing.assert_allclose(y, expected, atol=2e-5)
+        found = np.asarray(found, np.float64) * size
+        np.testing.assert_allclose(found, gradient, atol=2e-5 * abs(gradient).max())
