@@ -30,6 +30,13 @@ def test_right_at_large_means(mean, std, shape):
     np.testing.assert_allclose(y, expected, atol=0.51 * mean_rounding / std + 2e-5)
 
 
+@pytest.mark.parametrize("mean", [1e4, 1e6])
+def test_evidence_pooled_from_that_of_examples_keeps_its_digits(mean):
+    x = offset_data(mean, 1, (8, 16, 16, 3))
+    _, seen = jaxnorm.switchable_norm(x, jnp.zeros(3), jnp.zeros(3))
+    np.testing.assert_allclose(seen.var, x.var((0, 1, 2), dtype=np.float64), rtol=2e-6)
+
+
 def test_mean_keeps_its_digits_over_a_million_values():
     x = offset_data(1e4, 1, (1 << 20, 2))
     seen = jaxnorm.moments(x, 0)

@@ -98,7 +98,7 @@ HIDDEN = {
 
 @pytest.mark.parametrize("method", HIDDEN)
 def test_epsilon_hides_no_lost_digits(method):
-    """Evidence is handed out: it is that of `moments` also where epsilon is far above the variance."""
+    """Evidence is handed out, so it is that of `moments` also far below epsilon."""
     x = draw(5e-3, std=1e-7)
     _, seen = HIDDEN[method](x, 0.0)
     if isinstance(seen, jaxnorm.Moments):

@@ -6,6 +6,8 @@ mean, `mean=None`, and the variance is the mean of |x|^2.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, Devices, devices, placed, placement
-from jaxnorm.core.pooling import Parts, pooled, pooled_given, reciprocal
+from jaxnorm.core.pooling import Parts, pooled, pooled_given, pooled_with_rest, reciprocal
 
 
 @jax.tree_util.register_dataclass
@@ -113,16 +115,24 @@ def moments_keeping_axes(
 ) -> Moments:
     """`moments` after the door: `axes` canonical and kept as size 1, as in `shift`."""
 
-    def look():
-        wide = clean(x, where).astype(precision.accumulation_dtype(x.dtype))
-        real = precision.real_dtype(wide.dtype)
-        count = 1.0 if where is None else where.astype(real)
-        if not use_mean:
-            return count, None, precision.abs_square(wide)
-        return count, wide, 0.0
+    look = partial(_elements, x, where, use_mean)
+    return Moments(*pooled(look, Parts(x.shape, axes, over), shift if use_mean else None))
 
-    parts = Parts(x.shape, axes, over)
-    return Moments(*pooled(look, parts, shift if use_mean else None))
+
+def _elements(x: jax.Array, where: jax.Array | None, use_mean: bool) -> Any:
+    """The elements of `x` as evidence, each a part of its own."""
+    wide = clean(x, where).astype(precision.accumulation_dtype(x.dtype))
+    count = 1.0 if where is None else where.astype(precision.real_dtype(wide.dtype))
+    return (count, wide, 0.0) if use_mean else (count, None, precision.abs_square(wide))
+
+
+@jax.jit(static_argnums=1, inline=True)
+def moments_with_rest(
+    x: jax.Array, axes: tuple[int, ...], where: jax.Array | None
+) -> tuple[Moments, jax.Array]:
+    """`moments`, and what rounding took off the means, for `pool_along`."""
+    together, rest = pooled_with_rest(partial(_elements, x, where, True), Parts(x.shape, axes))
+    return jax.tree.map(lambda leaf: leaf.squeeze(axes), (Moments(*together), rest))
 
 
 def shift_along(
@@ -249,17 +259,33 @@ def pool(
     over = devices(axis_name, axis_index_groups, who)
     each = _full(stacked, who)
     axes = () if axes is None else ax.canonical_axes(axes, each.var.ndim, who, "axes")
+    # Without evidence there is nothing to know: 0 times NaN would be NaN.
+    mean, var = (
+        None if leaf is None else jnp.where(each.count == 0, jnp.zeros_like(leaf), leaf)
+        for leaf in (each.mean, each.var)
+    )
+    assert var is not None
+    return pool_along(Moments(each.count, mean, var), axes, shift, over, who=who)
+
+
+def pool_along(
+    each: Moments,
+    axes: tuple[int, ...],
+    shift: ArrayLike | None = None,
+    over: Devices | None = None,
+    *,
+    rest: jax.Array | None = None,
+    who: str,
+) -> Moments:
+    """`pool` after the door. `rest` is what rounding took off the means."""
     shift = shift_along(shift, each.var, axes, who)
     parts = Parts(each.var.shape, axes, over)
-    together = Moments(*pooled_given(each.count, each.mean, each.var, parts, shift))
+    together = Moments(*pooled_given(each.count, each.mean, each.var, parts, shift, rest))
     return jax.tree.map(lambda leaf: leaf.squeeze(axes), together)
 
 
 def _full(evidence: Moments, who: str) -> Moments:
-    """Arrays of one shape, wide: a count given by hand may be one number for all features.
-
-    Where the count is 0, there is nothing to know: mean and variance are 0, whatever was given.
-    """
+    """Arrays of one shape, wide: a count given by hand may be one number for all features."""
     checks.of_kind(
         Moments, evidence, who, "Evidence comes from jaxnorm.moments(x, axes); Stats have no count."
     )
@@ -270,11 +296,6 @@ def _full(evidence: Moments, who: str) -> Moments:
     count, var = (
         jnp.broadcast_to(jnp.asarray(leaf, real), whole.shape) for leaf in (evidence.count, var)
     )
-    mean, var = (
-        None if leaf is None else jnp.where(count == 0, jnp.zeros_like(leaf), leaf)
-        for leaf in (mean, var)
-    )
-    assert var is not None
     return Moments(count, mean, var)
 
 

@@ -124,7 +124,9 @@ def weighted_sums(
     return total, weighted
 
 
-def pooled(look: Look, parts: Parts, shift: jax.Array | None = None) -> Pooled:
+def pooled(
+    look: Look, parts: Parts, shift: jax.Array | None = None, rest: jax.Array | None = None
+) -> Pooled:
     """The one pooling formula (see the top of this file): count, mean and variance of all `parts`.
 
     Args:
@@ -135,11 +137,14 @@ def pooled(look: Look, parts: Parts, shift: jax.Array | None = None) -> Pooled:
         parts: how they lie.
         shift: an estimate of the mean, of size 1 along the axes of the parts. It changes how often
             the parts are read, and rounding. None reads them twice.
+        rest: what rounding took off the means of parts, to be added where deviations are taken.
     """
-    return _by_two_passes(look, parts) if shift is None else _by_one_pass(look, parts, shift)
+    if shift is None:
+        return _by_two_passes(look, parts, rest)
+    return _by_one_pass(look, parts, shift, rest)
 
 
-def _by_two_passes(look: Look, parts: Parts) -> Pooled:
+def _by_two_passes(look: Look, parts: Parts, rest: jax.Array | None = None) -> Pooled:
     """The specification.
 
     Numerics: the deviations are taken from a first estimate of the mean, and what they miss of the
@@ -155,15 +160,43 @@ def _by_two_passes(look: Look, parts: Parts) -> Pooled:
     if mean is None:
         return _with_count_of_var(total, None, weighted * share)
     pivot = lax.stop_gradient(weighted * share)
-    offset = mean - pivot
-    first, second = parts.sum(*_about(offset, count, var))
+    first, new_var = _about_pivot(pivot, share, (count, mean, var), parts, rest)
+    return _with_count_of_var(total, pivot + first, new_var)
+
+
+def pooled_with_rest(look: Look, parts: Parts) -> tuple[Pooled, jax.Array]:
+    """`pooled` by two passes, and what rounding took off the mean, for a further pooling.
+
+    At a mean of 1e4 standard deviations, means of parts rounded to float32 no longer say in five
+    digits how far they lie apart. The two passes know it.
+    """
+    count, mean, var = look()
+    assert mean is not None
+    total, weighted = weighted_sums(count, mean, parts)
+    share = reciprocal(total)
+    pivot = weighted * share
+    first, new_var = _about_pivot(pivot, share, (count, mean, var), parts)
+    new_mean = pivot + first
+    return _with_count_of_var(total, new_mean, new_var), (pivot - new_mean) + first
+
+
+def _about_pivot(
+    pivot: jax.Array,
+    share: jax.Array | float,
+    each: tuple[jax.Array | float, jax.Array, jax.Array | float],
+    parts: Parts,
+    rest: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What a first estimate of the mean misses of it, and the variance."""
+    count, mean, var = each
+    first, second = parts.sum(*_about(_offset(mean, pivot, rest), count, var))
     first, second = first * share, second * share
-    return _with_count_of_var(
-        total, pivot + first, _clip_rounding(second - precision.abs_square(first))
-    )
+    return first, _clip_rounding(second - precision.abs_square(first))
 
 
-def _by_one_pass(look: Look, parts: Parts, shift: jax.Array) -> Pooled:
+def _by_one_pass(
+    look: Look, parts: Parts, shift: jax.Array, rest: jax.Array | None = None
+) -> Pooled:
     """By one pass and one collective, unless the shift is too far off the mean.
 
     About any shift s, with d_i = m_i - s,
@@ -178,9 +211,9 @@ def _by_one_pass(look: Look, parts: Parts, shift: jax.Array) -> Pooled:
     count, mean, var = look()
     assert mean is not None
     if not decide_alike(mean, parts.over):
-        return _by_two_passes(look, parts)
+        return _by_two_passes(look, parts, rest)
     shift = usable_shift(shift, mean, parts.over)
-    offset = mean - shift
+    offset = _offset(mean, shift, rest)
     values = _about(offset, count, var)
     if isinstance(count, float) and parts.number is not None:
         total = own_total = count * parts.number
@@ -199,7 +232,7 @@ def _by_one_pass(look: Look, parts: Parts, shift: jax.Array) -> Pooled:
     new_mean, new_var = shift + parts.own(first), parts.own(new_var)
     # No more than it decides passes through the branches, whose every operand costs compile time.
     new_mean, new_var = lax.cond(
-        near, lambda: (new_mean, new_var), lambda: _by_two_passes(look, parts)[1:]
+        near, lambda: (new_mean, new_var), lambda: _by_two_passes(look, parts, rest)[1:]
     )
     return _with_count_of_var(own_total, new_mean, new_var)
 
@@ -216,19 +249,29 @@ def near_enough(offset: jax.Array, shift: jax.Array, var: jax.Array, far: float)
 
 
 def pooled_given(
-    count: jax.Array, mean: jax.Array | None, var: jax.Array, parts: Parts, shift: jax.Array | None
+    count: jax.Array,
+    mean: jax.Array | None,
+    var: jax.Array,
+    parts: Parts,
+    shift: jax.Array | None,
+    rest: jax.Array | None = None,
 ) -> Pooled:
-    """`pooled` for evidence that is there, with derivatives by all of it."""
+    """`pooled` for evidence that is there, with derivatives by all of it but `rest`."""
     if mean is None or shift is None:
-        return pooled(lambda: (count, mean, var), parts)
-    return _pooled_about(parts, count, mean, var, shift)
+        return pooled(lambda: (count, mean, var), parts, rest=rest)
+    return _pooled_about(parts, count, mean, var, shift, rest)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _pooled_about(
-    parts: Parts, count: jax.Array, mean: jax.Array, var: jax.Array, shift: jax.Array
+    parts: Parts,
+    count: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    shift: jax.Array,
+    rest: jax.Array | None,
 ) -> Pooled:
-    return pooled(lambda: (count, mean, var), parts, shift)
+    return pooled(lambda: (count, mean, var), parts, shift, rest)
 
 
 def _tangent_of_pooled(parts: Parts, primals, tangents):
@@ -240,9 +283,9 @@ def _tangent_of_pooled(parts: Parts, primals, tangents):
     together = _pooled_about(parts, *primals)
 
     def tangent(primals, together, tangents):
-        count, mean, var, _ = primals
+        count, mean, var = primals
         total, new_mean, new_var = together
-        dcount, dmean, dvar, _ = tangents
+        dcount, dmean, dvar = tangents
         offset = mean - new_mean
         first = count * dmean + dcount * offset
         second = count * (dvar + 2 * precision.real_product(offset, dmean))
@@ -251,7 +294,7 @@ def _tangent_of_pooled(parts: Parts, primals, tangents):
         share = reciprocal(total)
         return dtotal, first * share, second * share
 
-    return together, jax.checkpoint(tangent, prevent_cse=False)(primals, together, tangents)
+    return together, jax.checkpoint(tangent, prevent_cse=False)(primals[:3], together, tangents[:3])
 
 
 _pooled_about.defjvp(_tangent_of_pooled)
@@ -284,6 +327,10 @@ def _about(
     """What each part adds to the sums of its first and second moments about some point."""
     square = precision.abs_square(offset)
     return _times(count, offset), _times(count, square if _is(0.0, var) else var + square)
+
+
+def _offset(mean: jax.Array, pivot: jax.Array, rest: jax.Array | None) -> jax.Array:
+    return mean - pivot if rest is None else (mean - pivot) + rest
 
 
 def _times(count: jax.Array | float, value: jax.Array) -> jax.Array:

@@ -77,15 +77,19 @@ def weight_norm(
     axis = output_axes(axis, v.ndim, who)
     scale = checks.feature_array(scale, v.shape, axis, who, "scale")
     inputs = ax.other_axes(axis, v.ndim)
-    wide = v.astype(precision.accumulation_dtype(v.dtype))
-    factor = brings_down(wide, inputs)
+    factor = brings_down(v, inputs)
     # Standardization about the origin, with the sum of squares in place of their mean.
-    stats = Stats(None, precision.abs_square(wide * factor.astype(wide.dtype)).sum(inputs))
+    stats = Stats(None, _square_norm(v, inputs, factor))
     factor = factor.squeeze(inputs)
     if scale is not None:
         factor = factor * scale.astype(precision.promote(scale.dtype, factor.dtype))
     options: dict[str, Any] = dict(where=None, epsilon=epsilon, dtype=dtype, who=who)
     return normalize_with_stats(v, stats, factor, None, axis=axis, **options)
+
+
+def _square_norm(v: jax.Array, inputs: tuple[int, ...], factor: jax.Array) -> jax.Array:
+    wide = v.astype(precision.accumulation_dtype(v.dtype))
+    return precision.abs_square(wide * factor.astype(wide.dtype)).sum(inputs)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -152,7 +156,10 @@ class WeightNorm(WeightSpec):
 
     def _norms_of(self, w: jax.Array, axis: tuple[int, ...]) -> Initializer:
         def init(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-            norm = jnp.sqrt(_square_norm(w, axis) + self.epsilon).astype(dtype)
+            inputs = ax.other_axes(axis, w.ndim)
+            factor = brings_down(w, inputs)
+            norm = jnp.sqrt(_square_norm(w, inputs, factor) + self.epsilon)
+            norm = (norm / factor.squeeze(inputs)).astype(dtype)
             # The initializer's result may be an array in a box with metadata.
             return jax.tree.map(lambda factor: norm * factor, self.scale_init(key, shape, dtype))
 

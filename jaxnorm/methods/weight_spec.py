@@ -61,6 +61,7 @@ def brings_down(w: jax.Array, inputs: tuple[int, ...]) -> jax.Array:
     Then squares stay inside of float32, and any epsilon is as negligible as it was before.
     """
     largest = abs(lax.stop_gradient(w)).max(inputs, keepdims=True, initial=0)
+    largest = largest.astype(precision.accumulation_dtype(largest.dtype))
     return precision.towards_one(largest * 2.0**-20, 0.0, 2.0**10)
 
 
