@@ -115,7 +115,7 @@ def test_constant_features_take_one_pass(monkeypatch):
     monkeypatch.setattr(
         pooling,
         "_by_two_passes",
-        lambda look, _: (0.0, look()[1][:1] * jnp.nan, jnp.full((1, 2), jnp.nan)),
+        lambda look, *_: (0.0, look()[1][:1] * jnp.nan, jnp.full((1, 2), jnp.nan)),
     )
     constant = jnp.array([3.7, -1e4])
     x = jnp.broadcast_to(constant, (37, 2))  # a shape of its own: programs are kept

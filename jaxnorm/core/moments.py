@@ -312,6 +312,10 @@ def merge(*parts: Moments) -> Moments:
         TypeError: a part is no `Moments`, or holds integers.
         ValueError: no evidence, of different shapes, or some about the origin and some not.
 
+    Numerics:
+        Means of parts are as they were rounded: of the variance that costs 1e-7 times the mean in
+        standard deviations at most, in float32.
+
     Example:
         >>> import jax.numpy as jnp, jaxnorm
         >>> first = jaxnorm.moments(jnp.array([0.0]), axes=0)
