@@ -223,32 +223,25 @@ AT_EVERY_SIZE = {
     "decorrelated_batch_norm": lambda x: jaxnorm.decorrelated_batch_norm(x, epsilon=0)[0],
     "iter_norm": lambda x: jaxnorm.iter_norm(x, epsilon=0)[0],
     "ghost batches": lambda x: jaxnorm.ghost_batches(jaxnorm.batch_norm, 4)(x, epsilon=0)[0],
-}
-WEIGHTS_AT_EVERY_SIZE = {
     "weight_norm": lambda w: jaxnorm.weight_norm(w, epsilon=0),
     "weight_standardization": lambda w: jaxnorm.weight_standardization(w, epsilon=0),
     "scaled": lambda w: jaxnorm.scaled_weight_standardization(w, epsilon=0),
-    "scaled, epsilon": lambda w: jaxnorm.scaled_weight_standardization(1e10 * w, epsilon=0.1),
 }
 
 
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("name", [*AT_EVERY_SIZE, *WEIGHTS_AT_EVERY_SIZE])
+@pytest.mark.parametrize("name", AT_EVERY_SIZE)
 def test_the_sizes_that_docstrings_promise(name):
     """The output does not depend on the size of the input, and the gradient goes by its inverse."""
-    if name in AT_EVERY_SIZE:
-        function, x, sizes = AT_EVERY_SIZE[name], offset_data(0, 1, (8, 4, 4, 6)), (1e-12, 1e12)
-    else:
-        function, x = WEIGHTS_AT_EVERY_SIZE[name], offset_data(0, 1, (24, 6))
-        sizes = (1e12, 1e20) if "epsilon" in name else (1e-12, 1e12, 1e30)
+    x = offset_data(0, 0.2, (8, 4, 4, 6))
 
     @jax.jit
     def both(x):
-        y, pull = jax.vjp(function, x)
+        y, pull = jax.vjp(AT_EVERY_SIZE[name], x)
         return y, pull(jnp.sin(3 * y))[0]
 
     expected, gradient = both(x)
-    for size in sizes:
+    for size in (4e-12, 1e12):
         y, found = both(x * np.float32(size))
         np.testing.assert_allclose(y, expected, atol=2e-5)
         found = np.asarray(found, np.float64) * size

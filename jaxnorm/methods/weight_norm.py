@@ -25,7 +25,7 @@ from jaxnorm.core import checks, precision
 from jaxnorm.core.moments import Stats
 from jaxnorm.core.normalize import normalize_with_stats
 from jaxnorm.methods.spec import Initializer, Slot, Values
-from jaxnorm.methods.weight_spec import WeightSpec, brings_down, output_axes
+from jaxnorm.methods.weight_spec import WeightSpec, output_axes
 
 
 def weight_norm(
@@ -61,8 +61,8 @@ def weight_norm(
     Numerics:
         Computes in float32 or wider and rounds once. Weights that are all 0 stay 0, with finite
         derivatives unless `epsilon` is 0.
-        In float32, results and gradients are right for weights up to 1e30, and with `epsilon=0` for
-        norms from 1e-12.
+        In float32, results and gradients are right for norms up to 1e12, and with `epsilon=0`
+        for norms from 1e-12.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
@@ -75,21 +75,15 @@ def weight_norm(
     """
     v = checks.inexact_array(v, who)
     axis = output_axes(axis, v.ndim, who)
-    scale = checks.feature_array(scale, v.shape, axis, who, "scale")
-    inputs = ax.other_axes(axis, v.ndim)
-    factor = brings_down(v, inputs)
     # Standardization about the origin, with the sum of squares in place of their mean.
-    stats = Stats(None, _square_norm(v, inputs, factor))
-    factor = factor.squeeze(inputs)
-    if scale is not None:
-        factor = factor * scale.astype(precision.promote(scale.dtype, factor.dtype))
+    stats = Stats(None, _square_norm(v, axis))
     options: dict[str, Any] = dict(where=None, epsilon=epsilon, dtype=dtype, who=who)
-    return normalize_with_stats(v, stats, factor, None, axis=axis, **options)
+    return normalize_with_stats(v, stats, scale, None, axis=axis, **options)
 
 
-def _square_norm(v: jax.Array, inputs: tuple[int, ...], factor: jax.Array) -> jax.Array:
+def _square_norm(v: jax.Array, axis: tuple[int, ...]) -> jax.Array:
     wide = v.astype(precision.accumulation_dtype(v.dtype))
-    return precision.abs_square(wide * factor.astype(wide.dtype)).sum(inputs)
+    return precision.abs_square(wide).sum(ax.other_axes(axis, v.ndim))
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -156,10 +150,7 @@ class WeightNorm(WeightSpec):
 
     def _norms_of(self, w: jax.Array, axis: tuple[int, ...]) -> Initializer:
         def init(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-            inputs = ax.other_axes(axis, w.ndim)
-            factor = brings_down(w, inputs)
-            norm = jnp.sqrt(_square_norm(w, inputs, factor) + self.epsilon)
-            norm = (norm / factor.squeeze(inputs)).astype(dtype)
+            norm = jnp.sqrt(_square_norm(w, axis) + self.epsilon).astype(dtype)
             # The initializer's result may be an array in a box with metadata.
             return jax.tree.map(lambda factor: norm * factor, self.scale_init(key, shape, dtype))
 

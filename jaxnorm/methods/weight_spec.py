@@ -11,10 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax import lax
 
 from jaxnorm.core import axes as ax
-from jaxnorm.core import precision
 from jaxnorm.methods.spec import Slot, Values
 
 
@@ -53,16 +51,6 @@ def first_value(slot: Slot, next_key: Callable[[], Any]) -> Any:
     """What a variable starts with. As in Flax, ones take no key from those that others draw."""
     key = None if slot.init is jax.nn.initializers.ones else next_key()
     return slot.init(key, slot.shape, slot.dtype)
-
-
-def brings_down(w: jax.Array, inputs: tuple[int, ...]) -> jax.Array:
-    """For each output a power of two, 1 but where weights are above 2**30: those it makes 2**20.
-
-    Then squares stay inside of float32, and any epsilon is as negligible as it was before.
-    """
-    largest = abs(lax.stop_gradient(w)).max(inputs, keepdims=True, initial=0)
-    largest = largest.astype(precision.accumulation_dtype(largest.dtype))
-    return precision.towards_one(largest * 2.0**-20, 0.0, 2.0**10)
 
 
 def output_axes(axes: int | Sequence[int] | None, ndim: int, who: str) -> tuple[int, ...]:

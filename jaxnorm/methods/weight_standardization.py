@@ -31,7 +31,7 @@ from jaxnorm.core.moments import Stats, moments
 from jaxnorm.core.normalize import normalize, normalize_with_stats
 from jaxnorm.core.standardize import result_dtype
 from jaxnorm.methods.spec import Initializer, Slot, Values
-from jaxnorm.methods.weight_spec import WeightSpec, brings_down, output_axes
+from jaxnorm.methods.weight_spec import WeightSpec, output_axes
 
 ACTIVATION_GAINS = MappingProxyType(
     {
@@ -90,7 +90,7 @@ def weight_standardization(
         Computes in float32 or wider and rounds once. Exact also where the mean is many standard
         deviations. Weights that are all equal become 0, with finite derivatives unless `epsilon`
         is 0.
-        In float32, results and gradients are right for weights up to 1e30, and with `epsilon=0` for
+        In float32, results and gradients are right for weights up to 1e12, and with `epsilon=0` for
         standard deviations from 1e-12.
 
     Example:
@@ -188,14 +188,13 @@ def _weight_and_axes(
 
 
 def _near_zero(w: jax.Array, inputs: tuple[int, ...]) -> jax.Array:
-    """`w` in float32 or wider, less a constant near its mean, and brought down where it is huge.
+    """`w` in float32 or wider, less a constant near its mean.
 
-    Neither changes results, nor the constant derivatives. Without it, a mean of many standard
+    The constant changes neither results nor derivatives. Without it, a mean of many standard
     deviations would be known only to a rounding of its own size.
     """
     w = w.astype(precision.accumulation_dtype(w.dtype))
-    w = w - lax.stop_gradient(w.mean(inputs, keepdims=True))
-    return w * brings_down(w, inputs).astype(w.dtype)
+    return w - lax.stop_gradient(w.mean(inputs, keepdims=True))
 
 
 @dataclasses.dataclass(eq=False, repr=False)
