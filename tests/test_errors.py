@@ -227,6 +227,37 @@ ROWS = [
         r"^batch_norm: .*float8_e4m3fn.*x\.astype\(jnp\.bfloat16\)",
     ),
     Row(
+        "scale of eight bits",
+        lambda: jaxnorm.layer_norm(X, jnp.ones(3, jnp.float8_e4m3fn)),
+        TypeError,
+        r"^layer_norm: scale is float8_e4m3fn\[3\].*scale\.astype\(jnp\.float32\)",
+    ),
+    Row(
+        "evidence in integers",
+        lambda: jaxnorm.merge(jax.tree.map(lambda leaf: leaf.astype(int), moments_of(3))),
+        TypeError,
+        r"^merge: the variance is int32\[3\].*x\.astype\(jnp\.float32\)",
+    ),
+    *(
+        Row(
+            f"{name} of {dtype}",
+            lambda call=call, dtype=dtype: call(
+                jax.tree.map(lambda leaf: leaf.astype(dtype), stats_of(3))
+            ),
+            TypeError,
+            rf"^{name}: the running mean is {dtype}.*mean\.astype\(jnp\.float32\)",
+        )
+        for dtype in ("bfloat16", "float8_e4m3fn", "int32")
+        for name, call in {
+            "ema": lambda old: jaxnorm.ema(old, stats_of(3), 0.9),
+            "debiased_ema": lambda old: jaxnorm.debiased_ema(old, stats_of(3), 0.9, 0),
+            "cumulative_average": lambda old: jaxnorm.cumulative_average(old, stats_of(3), 0),
+            "bessel": lambda old: jaxnorm.bessel(old, 4),
+            "update_running": lambda old: jaxnorm.update_running(old, moments_of(3)),
+            "update_renorm": lambda old: jaxnorm.update_renorm(old, moments_of(3)),
+        }.items()
+    ),
+    Row(
         "momentum of a function above 1",
         lambda: jaxnorm.update_running(stats_of(3), moments_of(3), momentum=2),
         ValueError,

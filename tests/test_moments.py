@@ -137,6 +137,8 @@ def test_merge_and_pool_agree_on_stacked_evidence():
     x = jax.random.normal(jax.random.key(1), (3, 5, 4))
     mask = jnp.arange(5)[None, :, None] < jnp.array([0, 2, 5])[:, None, None]
     parts = [jaxnorm.moments(part, 0, where=where) for part, where in zip(x, mask, strict=True)]
+    # The first has no evidence, and what it says does not matter.
+    parts[0] = jaxnorm.Moments(parts[0].count, jnp.full(4, jnp.nan), jnp.full(4, jnp.inf))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
     whole = jaxnorm.moments(x, (0, 1), where=mask)
     chex.assert_trees_all_close(jaxnorm.merge(*parts), whole, rtol=1e-5)

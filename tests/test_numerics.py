@@ -30,6 +30,13 @@ def test_right_at_large_means(mean, std, shape):
     np.testing.assert_allclose(y, expected, atol=0.51 * mean_rounding / std + 2e-5)
 
 
+@pytest.mark.parametrize("mean", [1e4, 1e6])
+def test_evidence_pooled_from_that_of_examples_keeps_its_digits(mean):
+    x = offset_data(mean, 1, (8, 16, 16, 3))
+    _, seen = jaxnorm.switchable_norm(x, jnp.zeros(3), jnp.zeros(3))
+    np.testing.assert_allclose(seen.var, x.var((0, 1, 2), dtype=np.float64), rtol=2e-6)
+
+
 def test_mean_keeps_its_digits_over_a_million_values():
     x = offset_data(1e4, 1, (1 << 20, 2))
     seen = jaxnorm.moments(x, 0)
@@ -238,3 +245,42 @@ def test_strict_modes(mode, dtype, masked, jit):
     assert all(
         np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(result[2:])
     )
+
+
+# Near the ends of float32.
+
+THREE = jnp.zeros(3)
+AT_EVERY_SIZE = {
+    "batch_norm": lambda x: jaxnorm.batch_norm(x, epsilon=0)[0],
+    "layer_norm": lambda x: jaxnorm.layer_norm(x, epsilon=0),
+    "rms_norm": lambda x: jaxnorm.rms_norm(x, epsilon=0),
+    "group_norm": lambda x: jaxnorm.group_norm(x, num_groups=3, epsilon=0),
+    "instance_norm": lambda x: jaxnorm.instance_norm(x, epsilon=0)[0],
+    "ibn_a": lambda x: jaxnorm.ibn_a(x, epsilon=0)[0],
+    "switchable_norm": lambda x: jaxnorm.switchable_norm(x, THREE, THREE, epsilon=0)[0],
+    "decorrelated_batch_norm": lambda x: jaxnorm.decorrelated_batch_norm(x, epsilon=0)[0],
+    "iter_norm": lambda x: jaxnorm.iter_norm(x, epsilon=0)[0],
+    "ghost batches": lambda x: jaxnorm.ghost_batches(jaxnorm.batch_norm, 4)(x, epsilon=0)[0],
+    "weight_norm": lambda w: jaxnorm.weight_norm(w, epsilon=0),
+    "weight_standardization": lambda w: jaxnorm.weight_standardization(w, epsilon=0),
+    "scaled": lambda w: jaxnorm.scaled_weight_standardization(w, epsilon=0),
+}
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("name", AT_EVERY_SIZE)
+def test_the_sizes_that_docstrings_promise(name):
+    """The output does not depend on the size of the input, and the gradient goes by its inverse."""
+    x = offset_data(0, 0.2, (8, 4, 4, 6))
+
+    @jax.jit
+    def both(x):
+        y, pull = jax.vjp(AT_EVERY_SIZE[name], x)
+        return y, pull(jnp.sin(3 * y))[0]
+
+    expected, gradient = both(x)
+    for size in (4e-12, 1e12):
+        y, found = both(x * np.float32(size))
+        np.testing.assert_allclose(y, expected, atol=2e-5)
+        found = np.asarray(found, np.float64) * size
+        np.testing.assert_allclose(found, gradient, atol=2e-5 * abs(gradient).max())

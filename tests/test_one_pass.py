@@ -83,6 +83,55 @@ def test_few_numbers_on_one_device_need_no_branch(monkeypatch, numbers, devices,
     assert program.as_text().count(" conditional(") == branches
 
 
+HIDDEN = {
+    "batch_norm": lambda x, shift: jaxnorm.batch_norm(x, shift=shift, epsilon=1e-3),
+    "batch_renorm": lambda x, shift: jaxnorm.batch_renorm(
+        x, jaxnorm.Stats(jnp.zeros(3), jnp.ones(3)), rmax=3.0, dmax=5.0, shift=shift
+    ),
+    "switchable_norm": lambda x, shift: jaxnorm.switchable_norm(
+        x[:, None], jnp.ones(3), jnp.ones(3), shift=shift
+    ),
+    "decorrelated_batch_norm": lambda x, shift: jaxnorm.decorrelated_batch_norm(x, shift=shift),
+    "iter_norm": lambda x, shift: jaxnorm.iter_norm(x, shift=shift),
+}
+
+
+@pytest.mark.parametrize("method", HIDDEN)
+def test_epsilon_hides_no_lost_digits(method):
+    """Evidence is handed out, so it is that of `moments` also far below epsilon."""
+    x = draw(5e-3, std=1e-7)
+    _, seen = HIDDEN[method](x, 0.0)
+    if isinstance(seen, jaxnorm.Moments):
+        np.testing.assert_allclose(seen.var, x.var(0, dtype=np.float64), rtol=1e-5)
+    else:
+        cov = np.asarray(seen.cov[0], np.float64)
+        expected = np.cov(x.astype(np.float64).T, bias=True)
+        np.testing.assert_allclose(cov, expected, atol=1e-5 * expected.max())
+        assert np.linalg.eigvalsh(cov).min() > 0.5 * np.linalg.eigvalsh(expected).min()
+
+
+def test_constant_features_take_one_pass(monkeypatch):
+    """A running mean stops short of a constant; a rare feature is 0 throughout most batches."""
+    monkeypatch.setattr(
+        pooling,
+        "_by_two_passes",
+        lambda look, *_: (0.0, look()[1][:1] * jnp.nan, jnp.full((1, 2), jnp.nan)),
+    )
+    constant = jnp.array([3.7, -1e4])
+    x = jnp.broadcast_to(constant, (37, 2))  # a shape of its own: programs are kept
+
+    def twice(x, shift):
+        return bool(jnp.isnan(jaxnorm.moments(x, 0, shift=shift).var).any())
+
+    assert not twice(x, constant * (1 + 90 * 2**-23))
+    assert twice(x, constant * 1.001)
+    layer = jaxnorm.linen.BatchNorm(use_running_average=False)
+    stats = {"mean": jnp.full(2, 0.1), "var": jnp.full(2, 0.3)}
+    rare = layer.init(jax.random.key(0), x) | {"batch_stats": stats}
+    _, updated = layer.apply(rare, jnp.zeros((37, 2)), mutable=["batch_stats"])
+    np.testing.assert_allclose(updated["batch_stats"]["var"], 0.297, rtol=1e-6)
+
+
 def taken(x, shift):
     """Which way a batch goes, told by rounding at a mean of thousands of standard deviations.
 

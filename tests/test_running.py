@@ -43,7 +43,7 @@ def test_ema_weighs_by_age_and_remembers_its_start(batches, ddof):
 
 
 @pytest.mark.parametrize("ddof", [0, 1])
-@pytest.mark.parametrize("momentum", [0.0, 0.5, MOMENTUM, 0.9999])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, MOMENTUM, 0.9999, 1 - 1e-8])
 def test_debiased_average_weighs_by_age_alone(batches, momentum, ddof):
     age = np.arange(len(batches))[::-1, None]
     weights = float(momentum) ** age / (float(momentum) ** age).sum()
@@ -67,6 +67,18 @@ def test_cumulative_average_weighs_all_batches_the_same(batches):
     running = run(batches, momentum=None)
     np.testing.assert_allclose(running.mean, means.mean(0), rtol=1e-5)
     np.testing.assert_allclose(running.var, variances.mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", [np.nan, np.inf])
+def test_what_weighs_nothing_may_be_anything(start):
+    anything, new = (jaxnorm.Stats(jnp.full(1, v), jnp.full(1, v)) for v in (start, 3.0))
+    averages = (
+        jaxnorm.ema(anything, new, 0.0),
+        jaxnorm.ema(new, anything, 1.0),
+        jaxnorm.debiased_ema(anything, new, 0.9, 0),
+        jaxnorm.cumulative_average(anything, new, 0),
+    )
+    chex.assert_trees_all_equal(averages, (new,) * 4)
 
 
 def test_bessel_is_the_unbiased_variance():

@@ -257,6 +257,16 @@ def test_power_iteration_finds_the_largest_singular_value():
     chex.assert_trees_all_close(spectral_norm_inference(w, sigma), normalized)
 
 
+def test_neither_the_size_of_a_weight_nor_that_of_u_matters():
+    w, u = matrix_and_u((6, 5))
+    step = jax.jit(jax.value_and_grad(lambda w, u: spectral_norm(w, u)[2]))
+    expected, gradient = step(w, u)
+    for size, length in [(1, 1e-8), (1, 1e-37), (1, 1e19), (1e-35, 1), (1e-7, 1e-7), (1e35, 1e30)]:
+        sigma, found = step(w * jnp.float32(size), u * jnp.float32(length))
+        np.testing.assert_allclose(float(sigma) / size, expected, rtol=1e-5)
+        np.testing.assert_allclose(found, gradient, rtol=1e-4, atol=1e-5)
+
+
 def test_spectral_derivatives(x64):
     """Those of the composition in which u and v are constants, to second order."""
     w, u = matrix_and_u(dtype=jnp.float64)

@@ -14,7 +14,7 @@ from whitening_cases import CASES, case_of, check_derivatives, data
 import jaxnorm
 from jaxnorm.core import matrix_roots
 from jaxnorm.core.comoments import comoments
-from jaxnorm.core.covariance import JointStats, merge_comoments, pool_comoments
+from jaxnorm.core.covariance import Comoments, JointStats, merge_comoments, pool_comoments
 from jaxnorm.methods.whitening import color, coloring_matrix, whiten, whitening_matrix
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -52,6 +52,12 @@ def test_evidence_merges_exactly(x64):
     x = data(3, 4, 4)
     valid = np.array([[0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], bool)[..., None]
     stacked = jax.jit(jax.vmap(lambda x, where: comoments(x, num_groups=2, where=where)))(x, valid)
+    spoiled = np.where(np.array([0, 1, 0]), np.nan, 0.0)  # Without evidence, that does not matter.
+    stacked = Comoments(
+        stacked.count,
+        stacked.mean + spoiled[:, None, None],
+        stacked.cov + spoiled[:, None, None, None],
+    )
     whole = comoments(x, num_groups=2, where=valid)
     assert whole.count.tolist() == [5, 5]
     chex.assert_trees_all_close(jax.jit(partial(pool_comoments, axes=0))(stacked), whole, **CLOSE)

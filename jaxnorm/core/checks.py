@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm.core import precision
 from jaxnorm.core.axes import sizes
 
 
@@ -40,25 +41,40 @@ def input_array(x: ArrayLike, who: str) -> jax.Array:
     return inexact_array(x.astype(jnp.float32) if whole else x, who)
 
 
-def inexact_array(x: ArrayLike, who: str) -> jax.Array:
+def inexact_array(x: ArrayLike, who: str, what: str = "the input") -> jax.Array:
     """`x` as an array of floating point or complex numbers, which it must hold as it is.
 
     Raises:
         TypeError: `x` is no array, or holds integers or booleans, which would be stored as another
             dtype, or floating point numbers of 8 bits, which JAX does not promote.
     """
-    x = any_array(x, who)
+    x = any_array(x, who, what)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            f"{who}: the input is {x.dtype}{list(x.shape)}, but must hold floating point or "
+            f"{who}: {what} is {x.dtype}{list(x.shape)}, but must hold floating point or "
             f"complex numbers. Convert it first: x.astype(jnp.float32)."
         )
-    if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 16:
-        raise TypeError(
-            f"{who}: the input is {x.dtype}{list(x.shape)}, too narrow to compute with. "
-            f"Widen it first: x.astype(jnp.bfloat16)."
-        )
+    not_narrow(x, who, what, "x.astype(jnp.bfloat16)")
     return x
+
+
+def wide(x: ArrayLike, who: str, what: str) -> jax.Array:
+    """`x` as an array of floating point or complex numbers, in float32 or wider.
+
+    Raises:
+        TypeError: as `inexact_array`.
+    """
+    x = inexact_array(x, who, what)
+    return x.astype(precision.accumulation_dtype(x.dtype))
+
+
+def not_narrow(value: jax.Array, who: str, what: str, fix: str) -> None:
+    """Raises TypeError for floating point numbers of 8 bits, which JAX does not promote."""
+    if jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 16:
+        raise TypeError(
+            f"{who}: {what} is {value.dtype}{list(value.shape)}, too narrow to compute with. "
+            f"Widen it first: {fix}."
+        )
 
 
 def as_array(value: ArrayLike) -> jax.Array:
@@ -116,11 +132,13 @@ def feature_array(
     `argument` is the name under which the caller takes the axes.
 
     Raises:
+        TypeError: it holds floating point numbers of 8 bits.
         ValueError: its shape is another.
     """
     if value is None:
         return None
     value = as_array(value)
+    not_narrow(value, who, what, f"{what.split()[-1]}.astype(jnp.float32)")
     expected = sizes(shape, axes)
     if value.shape != expected:
         raise ValueError(

@@ -25,7 +25,7 @@ from jaxnorm.core.devices import AxisName, Devices, decide_alike, devices
 from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.matrix_roots import symmetric
 from jaxnorm.core.moments import shift_along
-from jaxnorm.core.pooling import Parts, reciprocal, usable_shift, weighted_sums
+from jaxnorm.core.pooling import Parts, near_enough, reciprocal, usable_shift, weighted_sums
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +103,6 @@ def pooled_jointly(
     axes: tuple[int, ...],
     over: Devices | None,
     shift: jax.Array | None = None,
-    epsilon: float = 0.0,
 ) -> Comoments:
     """The pooling formula (see the top of this file), along `axes` and over devices.
 
@@ -115,7 +114,6 @@ def pooled_jointly(
         axes: the axes of the means along which the parts lie; not the last.
         over: mapped axes over which parts lie as well, or None.
         shift: an estimate of the mean, of size 1 along `axes`, or None.
-        epsilon: what will be added to the diagonal of the covariance.
 
     Numerics: as `pooling.pooled`, from which this differs in that products are summed by a matrix
     product. By two passes, the second about the mean that the first one found, or by one about a
@@ -173,8 +171,7 @@ def pooled_jointly(
     pivot = jnp.expand_dims(squeezed(shift), 0)
     evidence = put_together(total, pivot, *rows)
     var = jnp.diagonal(evidence.cov, axis1=-2, axis2=-1)
-    near = jnp.square(evidence.mean - pivot) <= NEAR_JOINTLY**2 * (var + epsilon)
-    near = (near & jnp.isfinite(var)).all()
+    near = near_enough(evidence.mean - pivot, pivot, var, NEAR_JOINTLY)
     return lax.cond(near, lambda: jax.tree.map(parts.own, evidence), two_passes)
 
 
@@ -227,15 +224,18 @@ def joint_mask(
 
 
 def joint_stats(stats: JointStats, who: str) -> JointStats:
-    """Checked statistics.
+    """Checked statistics, in float32 or wider.
 
     Raises:
-        TypeError: they are no `JointStats`.
+        TypeError: they are no `JointStats`, or hold integers or 8 bits.
         ValueError: mean and covariance do not fit each other.
     """
     fix = "Of evidence, take the estimate: comoments.stats()."
     checks.of_kind(JointStats, stats, who, fix)
-    mean, cov = jnp.asarray(stats.mean), jnp.asarray(stats.cov)
+    mean, cov = (
+        checks.wide(leaf, who, what)
+        for leaf, what in ((stats.mean, "the mean"), (stats.cov, "the covariance"))
+    )
     if mean.ndim != 2 or cov.shape != (*mean.shape, mean.shape[-1]):
         raise ValueError(
             f"{who}: a mean of shape {mean.shape} and a covariance of shape {cov.shape} do not "
@@ -283,7 +283,7 @@ def pool_comoments(
         `Comoments` of everything together.
 
     Raises:
-        TypeError: `stacked` is no `Comoments`.
+        TypeError: `stacked` is no `Comoments`, or holds integers.
         ValueError: an axis out of range or named twice.
         NameError: `axis_name` is not bound.
 
@@ -296,10 +296,17 @@ def pool_comoments(
     """
     who = "pool_comoments"
     _check_evidence(stacked, who)
-    count = jnp.asarray(stacked.count)
+    mean, cov = (
+        checks.wide(stacked.mean, who, "the mean"),
+        checks.wide(stacked.cov, who, "the covariance"),
+    )
+    count = jnp.asarray(stacked.count, mean.dtype)
     axes = () if axes is None else ax.canonical_axes(axes, count.ndim, who, "axes")
     over = devices(axis_name, axis_index_groups, who)
-    mean, cov = jnp.asarray(stacked.mean), jnp.asarray(stacked.cov)
+    # Without evidence there is nothing to know: 0 times NaN would be NaN.
+    unknown = (count == 0)[..., None]
+    mean = jnp.where(unknown, jnp.zeros_like(mean), mean)
+    cov = jnp.where(unknown[..., None], jnp.zeros_like(cov), cov)
     shift = shift_along(shift, mean, axes, who)
     return pooled_jointly(lambda: (count[..., None], mean, cov), mean.shape, axes, over, shift)
 

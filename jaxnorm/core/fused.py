@@ -40,8 +40,7 @@ def _evidence(plan: Plan, x: jax.Array, where: jax.Array | None, hint: Hint) -> 
     """The moments of `x` in the cheapest way that is right."""
     if isinstance(hint, Moments):
         return hint
-    options = plan.over, plan.use_mean, hint, plan.epsilon
-    return moments_keeping_axes(x, plan.axes, where, *options)
+    return moments_keeping_axes(x, plan.axes, where, plan.over, plan.use_mean, hint)
 
 
 evidence_by_plan = jax.jit(_evidence, static_argnums=0, inline=True)

@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnorm.core import precision
+
 multiply = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 """Matrix product whose factors are not rounded to bfloat16 or TF32 on the way."""
 
@@ -109,9 +111,13 @@ def newton_inverse_square_root(matrix: jax.Array, n_steps: int, epsilon: float =
     matrix = symmetric(matrix)
     identity = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
     matrix = matrix + epsilon * identity
+    # Derivatives divide by the square of the trace, which a power of two keeps inside of float32.
+    spread = jnp.sqrt(lax.stop_gradient(jnp.trace(matrix, axis1=-2, axis2=-1)))[..., None, None]
+    factor = precision.towards_one(spread, 2**-8, 2**8)
+    matrix = matrix * factor * factor
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
     inverse, root = identity, matrix / trace  # P and Q
     for _ in range(n_steps):
         step = (3 * identity - multiply(inverse, root)) / 2
         inverse, root = multiply(step, inverse), multiply(root, step)
-    return inverse * lax.rsqrt(trace)
+    return inverse * lax.rsqrt(trace) * factor

@@ -6,6 +6,8 @@ mean, `mean=None`, and the variance is the mean of |x|^2.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, Devices, devices, placed, placement
 from jaxnorm.core.masks import checked_mask, clean
-from jaxnorm.core.pooling import Parts, pooled, pooled_given, reciprocal
+from jaxnorm.core.pooling import Parts, pooled, pooled_given, pooled_with_rest, reciprocal
 
 
 @jax.tree_util.register_dataclass
@@ -89,20 +91,27 @@ def moments_keeping_axes(
     over: Devices | None,
     use_mean: bool,
     shift: jax.Array | None = None,
-    epsilon: float = 0.0,
 ) -> Moments:
     """`moments` after the door: `axes` canonical and kept as size 1, as in `shift`."""
 
-    def look():
-        wide = clean(x, where).astype(precision.accumulation_dtype(x.dtype))
-        real = precision.real_dtype(wide.dtype)
-        count = 1.0 if where is None else where.astype(real)
-        if not use_mean:
-            return count, None, precision.abs_square(wide)
-        return count, wide, 0.0
+    look = partial(_elements, x, where, use_mean)
+    return Moments(*pooled(look, Parts(x.shape, axes, over), shift if use_mean else None))
 
-    parts = Parts(x.shape, axes, over)
-    return Moments(*pooled(look, parts, shift if use_mean else None, epsilon))
+
+def _elements(x: jax.Array, where: jax.Array | None, use_mean: bool) -> Any:
+    """The elements of `x` as evidence, each a part of its own."""
+    wide = clean(x, where).astype(precision.accumulation_dtype(x.dtype))
+    count = 1.0 if where is None else where.astype(precision.real_dtype(wide.dtype))
+    return (count, wide, 0.0) if use_mean else (count, None, precision.abs_square(wide))
+
+
+@jax.jit(static_argnums=1, inline=True)
+def moments_with_rest(
+    x: jax.Array, axes: tuple[int, ...], where: jax.Array | None
+) -> tuple[Moments, jax.Array]:
+    """`moments`, and what rounding took off the means, for `pool_along`."""
+    together, rest = pooled_with_rest(partial(_elements, x, where, True), Parts(x.shape, axes))
+    return jax.tree.map(lambda leaf: leaf.squeeze(axes), (Moments(*together), rest))
 
 
 def shift_along(
@@ -162,6 +171,7 @@ def moments(
     Numerics:
         Accumulates in float32 or wider. The variance keeps its digits at means of many standard
         deviations, where E[x^2] - E[x]^2 loses them all.
+        In float32 it is right for values up to 1e12 and standard deviations from 1e-12.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
@@ -214,6 +224,7 @@ def pool(
         `Moments` of everything together.
 
     Raises:
+        TypeError: `stacked` is no `Moments`, or holds integers.
         ValueError: an axis out of range or named twice.
         NameError: `axis_name` is not bound.
 
@@ -228,23 +239,42 @@ def pool(
     over = devices(axis_name, axis_index_groups, who)
     each = _full(stacked, who)
     axes = () if axes is None else ax.canonical_axes(axes, each.var.ndim, who, "axes")
+    # Without evidence there is nothing to know: 0 times NaN would be NaN.
+    mean, var = (
+        None if leaf is None else jnp.where(each.count == 0, jnp.zeros_like(leaf), leaf)
+        for leaf in (each.mean, each.var)
+    )
+    assert var is not None
+    return pool_along(Moments(each.count, mean, var), axes, shift, over, who=who)
+
+
+def pool_along(
+    each: Moments,
+    axes: tuple[int, ...],
+    shift: ArrayLike | None = None,
+    over: Devices | None = None,
+    *,
+    rest: jax.Array | None = None,
+    who: str,
+) -> Moments:
+    """`pool` after the door. `rest` is what rounding took off the means."""
     shift = shift_along(shift, each.var, axes, who)
     parts = Parts(each.var.shape, axes, over)
-    together = Moments(*pooled_given(each.count, each.mean, each.var, parts, shift))
+    together = Moments(*pooled_given(each.count, each.mean, each.var, parts, shift, rest))
     return jax.tree.map(lambda leaf: leaf.squeeze(axes), together)
 
 
 def _full(evidence: Moments, who: str) -> Moments:
-    """Arrays of one shape: a count given by hand may be one number for all features."""
+    """Arrays of one shape, wide: a count given by hand may be one number for all features."""
     checks.of_kind(
         Moments, evidence, who, "Evidence comes from jaxnorm.moments(x, axes); Stats have no count."
     )
-    mean = None if evidence.mean is None else jnp.asarray(evidence.mean)
-    whole = jnp.asarray(evidence.var) if mean is None else mean
+    var = checks.wide(evidence.var, who, "the variance")
+    mean = None if evidence.mean is None else checks.wide(evidence.mean, who, "the mean")
+    whole = var if mean is None else mean
     real = precision.real_dtype(whole.dtype)
     count, var = (
-        jnp.broadcast_to(jnp.asarray(leaf, real), whole.shape)
-        for leaf in (evidence.count, evidence.var)
+        jnp.broadcast_to(jnp.asarray(leaf, real), whole.shape) for leaf in (evidence.count, var)
     )
     return Moments(count, mean, var)
 
@@ -259,8 +289,12 @@ def merge(*parts: Moments) -> Moments:
         `Moments` of that shape. The order of `parts` matters only by rounding.
 
     Raises:
-        TypeError: a part is no `Moments`.
+        TypeError: a part is no `Moments`, or holds integers.
         ValueError: no evidence, of different shapes, or some about the origin and some not.
+
+    Numerics:
+        Means of parts are as they were rounded: of the variance that costs 1e-7 times the mean in
+        standard deviations at most, in float32.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm

@@ -43,6 +43,11 @@ NEAR = 8.0
 that float32 keeps more than five digits of the variance."""
 
 
+STEADY = 16.0
+"""How many roundings of the mean count as one standard deviation, where the values vary by less. A
+running mean at a momentum of 0.99 stops up to 90 roundings short of a constant: the two together
+let it serve, so that a constant feature does not make every step take two passes."""
+
 SMALL = 1 << 15
 """So few numbers stay in a cache: on one device, to read them twice costs less than to compile both
 ways."""
@@ -120,7 +125,7 @@ def weighted_sums(
 
 
 def pooled(
-    look: Look, parts: Parts, shift: jax.Array | None = None, epsilon: float = 0.0
+    look: Look, parts: Parts, shift: jax.Array | None = None, rest: jax.Array | None = None
 ) -> Pooled:
     """The one pooling formula (see the top of this file): count, mean and variance of all `parts`.
 
@@ -132,14 +137,14 @@ def pooled(
         parts: how they lie.
         shift: an estimate of the mean, of size 1 along the axes of the parts. It changes how often
             the parts are read, and rounding. None reads them twice.
-        epsilon: what will be added to the variance: beside it, errors of the variance may hide.
+        rest: what rounding took off the means of parts, to be added where deviations are taken.
     """
-    return (
-        _by_two_passes(look, parts) if shift is None else _by_one_pass(look, parts, shift, epsilon)
-    )
+    if shift is None:
+        return _by_two_passes(look, parts, rest)
+    return _by_one_pass(look, parts, shift, rest)
 
 
-def _by_two_passes(look: Look, parts: Parts) -> Pooled:
+def _by_two_passes(look: Look, parts: Parts, rest: jax.Array | None = None) -> Pooled:
     """The specification.
 
     Numerics: the deviations are taken from a first estimate of the mean, and what they miss of the
@@ -155,15 +160,43 @@ def _by_two_passes(look: Look, parts: Parts) -> Pooled:
     if mean is None:
         return _with_count_of_var(total, None, weighted * share)
     pivot = lax.stop_gradient(weighted * share)
-    offset = mean - pivot
-    first, second = parts.sum(*_about(offset, count, var))
+    first, new_var = _about_pivot(pivot, share, (count, mean, var), parts, rest)
+    return _with_count_of_var(total, pivot + first, new_var)
+
+
+def pooled_with_rest(look: Look, parts: Parts) -> tuple[Pooled, jax.Array]:
+    """`pooled` by two passes, and what rounding took off the mean, for a further pooling.
+
+    At a mean of 1e4 standard deviations, means of parts rounded to float32 no longer say in five
+    digits how far they lie apart. The two passes know it.
+    """
+    count, mean, var = look()
+    assert mean is not None
+    total, weighted = weighted_sums(count, mean, parts)
+    share = reciprocal(total)
+    pivot = weighted * share
+    first, new_var = _about_pivot(pivot, share, (count, mean, var), parts)
+    new_mean = pivot + first
+    return _with_count_of_var(total, new_mean, new_var), (pivot - new_mean) + first
+
+
+def _about_pivot(
+    pivot: jax.Array,
+    share: jax.Array | float,
+    each: tuple[jax.Array | float, jax.Array, jax.Array | float],
+    parts: Parts,
+    rest: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What a first estimate of the mean misses of it, and the variance."""
+    count, mean, var = each
+    first, second = parts.sum(*_about(_offset(mean, pivot, rest), count, var))
     first, second = first * share, second * share
-    return _with_count_of_var(
-        total, pivot + first, _clip_rounding(second - precision.abs_square(first))
-    )
+    return first, _clip_rounding(second - precision.abs_square(first))
 
 
-def _by_one_pass(look: Look, parts: Parts, shift: jax.Array, epsilon: float) -> Pooled:
+def _by_one_pass(
+    look: Look, parts: Parts, shift: jax.Array, rest: jax.Array | None = None
+) -> Pooled:
     """By one pass and one collective, unless the shift is too far off the mean.
 
     About any shift s, with d_i = m_i - s,
@@ -178,9 +211,9 @@ def _by_one_pass(look: Look, parts: Parts, shift: jax.Array, epsilon: float) -> 
     count, mean, var = look()
     assert mean is not None
     if not decide_alike(mean, parts.over):
-        return _by_two_passes(look, parts)
+        return _by_two_passes(look, parts, rest)
     shift = usable_shift(shift, mean, parts.over)
-    offset = mean - shift
+    offset = _offset(mean, shift, rest)
     values = _about(offset, count, var)
     if isinstance(count, float) and parts.number is not None:
         total = own_total = count * parts.number
@@ -191,34 +224,54 @@ def _by_one_pass(look: Look, parts: Parts, shift: jax.Array, epsilon: float) -> 
     share = reciprocal(total)
     first, second = first * share, second * share
     new_var = _clip_rounding(second - precision.abs_square(first))
-    # Asked so that NaN says no, and of all groups, since all must go the same way.
-    near = precision.abs_square(first) <= NEAR**2 * (new_var + epsilon)
-    near = (near & jnp.isfinite(new_var)).all()
+    # Of all groups, since all must go the same way.
+    near = near_enough(first, jnp.expand_dims(shift, 0), new_var, NEAR)
     if parts.over is None and math.prod(parts.shape) < SMALL:
         near &= divided()  # else a constant False, for which the compiler drops a branch
 
     new_mean, new_var = shift + parts.own(first), parts.own(new_var)
     # No more than it decides passes through the branches, whose every operand costs compile time.
     new_mean, new_var = lax.cond(
-        near, lambda: (new_mean, new_var), lambda: _by_two_passes(look, parts)[1:]
+        near, lambda: (new_mean, new_var), lambda: _by_two_passes(look, parts, rest)[1:]
     )
     return _with_count_of_var(own_total, new_mean, new_var)
 
 
+def near_enough(offset: jax.Array, shift: jax.Array, var: jax.Array, far: float) -> jax.Array:
+    """Whether no mean, `shift + offset`, lies more than `far` standard deviations off its shift.
+
+    Evidence is used for more than this one normalization, so that the epsilon which follows does
+    not excuse lost digits. Asked so that NaN and infinities say no.
+    """
+    rounding = STEADY * float(jnp.finfo(var.dtype).eps) * (shift + offset)
+    limit = far**2 * (var + precision.abs_square(rounding))
+    return ((precision.abs_square(offset) <= limit) & jnp.isfinite(limit)).all()
+
+
 def pooled_given(
-    count: jax.Array, mean: jax.Array | None, var: jax.Array, parts: Parts, shift: jax.Array | None
+    count: jax.Array,
+    mean: jax.Array | None,
+    var: jax.Array,
+    parts: Parts,
+    shift: jax.Array | None,
+    rest: jax.Array | None = None,
 ) -> Pooled:
-    """`pooled` for evidence that is there, with derivatives by all of it."""
+    """`pooled` for evidence that is there, with derivatives by all of it but `rest`."""
     if mean is None or shift is None:
-        return pooled(lambda: (count, mean, var), parts)
-    return _pooled_about(parts, count, mean, var, shift)
+        return pooled(lambda: (count, mean, var), parts, rest=rest)
+    return _pooled_about(parts, count, mean, var, shift, rest)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _pooled_about(
-    parts: Parts, count: jax.Array, mean: jax.Array, var: jax.Array, shift: jax.Array
+    parts: Parts,
+    count: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    shift: jax.Array,
+    rest: jax.Array | None,
 ) -> Pooled:
-    return pooled(lambda: (count, mean, var), parts, shift)
+    return pooled(lambda: (count, mean, var), parts, shift, rest)
 
 
 def _tangent_of_pooled(parts: Parts, primals, tangents):
@@ -230,9 +283,9 @@ def _tangent_of_pooled(parts: Parts, primals, tangents):
     together = _pooled_about(parts, *primals)
 
     def tangent(primals, together, tangents):
-        count, mean, var, _ = primals
+        count, mean, var = primals
         total, new_mean, new_var = together
-        dcount, dmean, dvar, _ = tangents
+        dcount, dmean, dvar = tangents
         offset = mean - new_mean
         first = count * dmean + dcount * offset
         second = count * (dvar + 2 * precision.real_product(offset, dmean))
@@ -241,7 +294,7 @@ def _tangent_of_pooled(parts: Parts, primals, tangents):
         share = reciprocal(total)
         return dtotal, first * share, second * share
 
-    return together, jax.checkpoint(tangent, prevent_cse=False)(primals, together, tangents)
+    return together, jax.checkpoint(tangent, prevent_cse=False)(primals[:3], together, tangents[:3])
 
 
 _pooled_about.defjvp(_tangent_of_pooled)
@@ -274,6 +327,10 @@ def _about(
     """What each part adds to the sums of its first and second moments about some point."""
     square = precision.abs_square(offset)
     return _times(count, offset), _times(count, square if _is(0.0, var) else var + square)
+
+
+def _offset(mean: jax.Array, pivot: jax.Array, rest: jax.Array | None) -> jax.Array:
+    return mean - pivot if rest is None else (mean - pivot) + rest
 
 
 def _times(count: jax.Array | float, value: jax.Array) -> jax.Array:

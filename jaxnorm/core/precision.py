@@ -39,6 +39,17 @@ def is_complex(dtype: DTypeLike) -> bool:
     return jnp.issubdtype(dtype, jnp.complexfloating)
 
 
+def towards_one(size: jax.Array, least: float, most: float) -> jax.Array:
+    """A power of two that brings a positive `size` near 1, if it is below `least` or above `most`.
+
+    1 otherwise, also for 0, NaN and infinities. A product with it is exact.
+    """
+    far = (size > 0) & jnp.isfinite(size) & ((size < least) | (size > most))
+    limit = int(jnp.finfo(size.dtype).maxexp) - 8
+    _, exponent = jnp.frexp(jnp.where(far, size, jnp.ones_like(size) / 2))  # that of 1/2 is 0
+    return jnp.ldexp(jnp.ones_like(size), jnp.clip(-exponent, -limit, limit))
+
+
 def abs_square(x: jax.Array) -> jax.Array:
     """|x|^2, real also for complex `x`."""
     return real_product(x, x)

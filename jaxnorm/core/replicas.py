@@ -114,12 +114,6 @@ def _pooled(
     names: tuple[str, ...] | None,
     groups: tuple[tuple[int, ...], ...] | None,
 ) -> Stats | JointStats:
-    def counting(leaf: jax.Array) -> jax.Array:
-        """Without what weighs nothing: 0 times NaN would be NaN."""
-        weighs = jnp.expand_dims(count > 0, tuple(range(count.ndim, leaf.ndim)))
-        return jnp.where(weighs, leaf, jnp.zeros_like(leaf))
-
-    mean, spread = None if mean is None else counting(mean), counting(spread)
     mapped: dict[str, Any] = dict(axis_name=names, axis_index_groups=groups)
     if joint:
         assert mean is not None
@@ -135,8 +129,8 @@ def _checked(stacked: Stats | JointStats, who: str) -> tuple[jax.Array | None, j
             f"Evidence has counts and needs no weights: jaxnorm.pool(moments, axes)."
         )
     joint = isinstance(stacked, JointStats)
-    spread = _wide(stacked.cov if joint else stacked.var, who)
-    mean = None if stacked.mean is None else _wide(stacked.mean, who)
+    spread = checks.wide(stacked.cov if joint else stacked.var, who, "the input")
+    mean = None if stacked.mean is None else checks.wide(stacked.mean, who, "the input")
     if mean is not None:
         fits = spread.shape == mean.shape
         if joint:
@@ -148,11 +142,6 @@ def _checked(stacked: Stats | JointStats, who: str) -> tuple[jax.Array | None, j
                 f"jax.tree.map(lambda *leaves: jnp.stack(leaves), *estimates)."
             )
     return mean, spread, joint
-
-
-def _wide(leaf: ArrayLike, who: str) -> jax.Array:
-    leaf = checks.inexact_array(leaf, who)
-    return leaf.astype(precision.accumulation_dtype(leaf.dtype))
 
 
 def _counts(

@@ -15,25 +15,44 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxnorm.core import checks
+from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import placed, placement
 from jaxnorm.core.moments import Moments, Stats
 
 
 def _blend(old: Stats, new: Stats, keep: ArrayLike, take: ArrayLike, who: str) -> Stats:
-    """`keep * old + take * new`, in the dtypes of `old`."""
-    for stats in (old, new):
-        checks.of_kind(Stats, stats, who, "Of evidence, take the estimate: moments.stats().")
+    """`keep * old + take * new`, in the dtypes of `old`; what has a weight of 0 may be anything."""
     _same_shape(new.var, old.var, "an estimate", who)
     _same_origin(old, new, who)
 
     def step(old_leaf: jax.Array, new_leaf: jax.Array) -> jax.Array:
         old_leaf = jnp.asarray(old_leaf)
-        real = jnp.finfo(old_leaf.dtype).dtype
-        kept = jnp.asarray(keep, real) * old_leaf
-        return kept + jnp.asarray(take, real) * jnp.asarray(new_leaf).astype(old_leaf.dtype)
+        new_leaf = jnp.asarray(new_leaf).astype(old_leaf.dtype)
+        return _share(keep, old_leaf) + _share(take, new_leaf)
 
     return jax.tree.map(step, old, new)
+
+
+def _share(weight: ArrayLike, value: jax.Array) -> jax.Array:
+    weight = jnp.asarray(weight, precision.real_dtype(value.dtype))
+    return jnp.where(weight == 0, jnp.zeros_like(value), weight * value)
+
+
+def _check_estimates(old: Stats, new: Stats, who: str) -> None:
+    for stats in (old, new):
+        checks.of_kind(Stats, stats, who, "Of evidence, take the estimate: moments.stats().")
+    check_running(who, mean=old.mean, var=old.var)
+
+
+def check_running(who: str, **leaves: ArrayLike | None) -> None:
+    """Raises TypeError for running statistics, by name, that are not in float32 or wider."""
+    for name, leaf in leaves.items():
+        dtype = jnp.float32 if leaf is None else jnp.asarray(leaf).dtype
+        if not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 32:
+            raise TypeError(
+                f"{who}: the running {name} is {dtype}, in which a moving average stops moving. "
+                f"Store the statistics in float32: {name}.astype(jnp.float32)."
+            )
 
 
 def ema(old: Stats, new: Stats, momentum: ArrayLike) -> Stats:
@@ -48,7 +67,7 @@ def ema(old: Stats, new: Stats, momentum: ArrayLike) -> Stats:
         `Stats` with the shapes and dtypes of `old`.
 
     Raises:
-        TypeError: `old` or `new` is no `Stats`.
+        TypeError: `old` or `new` is no `Stats`, or `old` is not float32 or wider.
         ValueError: they differ in shape; a momentum outside 0 to 1.
 
     Example:
@@ -58,6 +77,7 @@ def ema(old: Stats, new: Stats, momentum: ArrayLike) -> Stats:
         >>> jaxnorm.ema(old, new, momentum=0.75).var.tolist()
         [1.5]
     """
+    _check_estimates(old, new, "ema")
     check_averaging(momentum, False, "ema")
     return _blend(old, new, momentum, 1 - momentum, "ema")
 
@@ -78,8 +98,11 @@ def debiased_ema(old: Stats, new: Stats, momentum: ArrayLike, updates: ArrayLike
         `Stats` with the shapes and dtypes of `old`.
 
     Raises:
-        TypeError: `old` or `new` is no `Stats`.
+        TypeError: `old` or `new` is no `Stats`, or `old` is not float32 or wider.
         ValueError: they differ in shape; a momentum outside 0 to below 1.
+
+    Numerics:
+        Right for every momentum below 1, also for those that float32 would round to 1.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
@@ -92,11 +115,20 @@ def debiased_ema(old: Stats, new: Stats, momentum: ArrayLike, updates: ArrayLike
     Source:
         Kingma & Ba 2015, "Adam" (arXiv:1412.6980), section 3, for the correction.
     """
+    _check_estimates(old, new, "debiased_ema")
     check_averaging(momentum, True, "debiased_ema")
-    # (1 - momentum) / (1 - momentum^t) by expm1: at momentum .99 plain differences lose two digits.
-    log_momentum = jnp.log(jnp.asarray(momentum, old.var.dtype))
+    return _debiased(old, new, 1 - momentum, updates)
+
+
+def _debiased(old: Stats, new: Stats, rest: ArrayLike, updates: ArrayLike) -> Stats:
+    """`debiased_ema` by 1 - momentum, which has more digits than a momentum near 1."""
+    rest = jnp.asarray(rest, old.var.dtype)
     batches = jnp.asarray(updates, old.var.dtype) + 1
+    # (1 - momentum) / (1 - momentum^t) by expm1: at momentum .99 plain differences lose two digits.
+    # For a momentum of 1 it is 1 / t.
+    log_momentum = jnp.log1p(-jnp.where(rest > 0, rest, jnp.ones_like(rest)))
     take = jnp.expm1(log_momentum) / jnp.expm1(batches * log_momentum)
+    take = jnp.where(rest > 0, take, 1 / batches)
     return _blend(old, new, 1 - take, take, "debiased_ema")
 
 
@@ -112,7 +144,7 @@ def cumulative_average(old: Stats, new: Stats, updates: ArrayLike) -> Stats:
         `Stats` with the shapes and dtypes of `old`.
 
     Raises:
-        TypeError: `old` or `new` is no `Stats`.
+        TypeError: `old` or `new` is no `Stats`, or `old` is not float32 or wider.
         ValueError: they differ in shape.
 
     Example:
@@ -122,6 +154,7 @@ def cumulative_average(old: Stats, new: Stats, updates: ArrayLike) -> Stats:
         >>> jaxnorm.cumulative_average(old, new, updates=2).mean.tolist()
         [4.0]
     """
+    _check_estimates(old, new, "cumulative_average")
     take = 1 / (jnp.asarray(updates, old.var.dtype) + 1)
     return _blend(old, new, 1 - take, take, "cumulative_average")
 
@@ -138,7 +171,7 @@ def bessel(stats: Stats, count: ArrayLike) -> Stats:
         above 1, since a single value tells nothing of the spread.
 
     Raises:
-        TypeError: `stats` is no `Stats`.
+        TypeError: `stats` is no `Stats`, or not float32 or wider.
         ValueError: the count has another shape.
 
     Example:
@@ -151,6 +184,7 @@ def bessel(stats: Stats, count: ArrayLike) -> Stats:
         Ioffe & Szegedy 2015 (arXiv:1502.03167), Algorithm 2, step 10: m / (m - 1).
     """
     checks.of_kind(Stats, stats, "bessel", "Of evidence, use moments.stats(ddof=1).")
+    check_running("bessel", mean=stats.mean, var=stats.var)
     if jnp.ndim(count) > 0:
         _same_shape(count, stats.var, "a count", "bessel")
     count = jnp.broadcast_to(jnp.asarray(count, stats.var.dtype), stats.var.shape)
@@ -185,7 +219,7 @@ def update_running(
         were given). Entries without evidence, whose count does not exceed `ddof`, do not move.
 
     Raises:
-        TypeError: `old` is no `Stats`, or `batch` no `Moments`.
+        TypeError: `old` is no `Stats` or not float32 or wider, or `batch` no `Moments`.
         ValueError: contradicting options, or evidence or counts of another shape.
 
     Example:
@@ -216,6 +250,7 @@ def update_running(
     """
     check_averaging(momentum, debias, "update_running")
     checks.of_kind(Stats, old, "update_running", "Start at Stats(jnp.zeros(n), jnp.ones(n)).")
+    check_running("update_running", mean=old.mean, var=old.var)
     checks.of_kind(Moments, batch, "update_running", "Take it from jaxnorm.moments(x, axes).")
     _same_shape(batch.var, old.var, "evidence", "update_running")
     if updates is not None:
@@ -255,7 +290,8 @@ def _updated(
         blended = cumulative_average(old, new, updates)
     elif debias:
         assert updates is not None
-        blended = debiased_ema(old, new, momentum, updates)
+        assert rest is not None
+        blended = _debiased(old, new, rest, updates)
     else:
         assert rest is not None
         blended = _blend(old, new, momentum, rest, "ema")

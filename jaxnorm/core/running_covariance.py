@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxnorm.core import checks
 from jaxnorm.core.covariance import Comoments, JointStats
 from jaxnorm.core.moments import Moments, Stats
-from jaxnorm.core.running import update_running
+from jaxnorm.core.running import check_running, update_running
 
 
 def update_running_covariance(
@@ -41,7 +41,7 @@ def update_running_covariance(
         none were given). Groups without evidence, whose count does not exceed `ddof`, do not move.
 
     Raises:
-        TypeError: `old` is no `JointStats`, or `batch` no `Comoments`.
+        TypeError: `old` is no `JointStats` or not float32 or wider, or `batch` no `Comoments`.
         ValueError: contradicting options, or evidence of another shape.
 
     Numerics:
@@ -61,6 +61,7 @@ def update_running_covariance(
     who = "update_running_covariance"
     fix = "Start at JointStats(jnp.zeros((1, n)), jnp.eye(n)[None])."
     checks.of_kind(JointStats, old, who, fix)
+    check_running(who, mean=old.mean, cov=old.cov)
     checks.of_kind(Comoments, batch, who, "Take it from comoments(x).")
     shape = jnp.shape(old.cov)
     if jnp.shape(batch.cov) != shape:

@@ -104,6 +104,8 @@ def standardize(
 
     Numerics:
         Computes in float32 or wider and rounds once.
+        In float32, results and gradients are right for values up to 1e12, and with `epsilon=0` for
+        standard deviations from 1e-12.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm

@@ -68,7 +68,7 @@ def whiten_by_batch(
     over: Devices | None,
 ) -> tuple[jax.Array, Comoments]:
     """Whitens `x` by its own covariance; also the evidence."""
-    view = JointView(plan.axis, groups, over, plan.epsilon)
+    view = JointView(plan.axis, groups, over)
     evidence = comoments_in_groups(view, x, where, shift)
     return whiten_by_stats(plan, x, evidence.stats(), scale, bias, where), evidence
 

@@ -30,7 +30,7 @@ from jaxnorm.core.fused import evidence_by_plan
 from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.moments import Moments, Stats, shift_along
 from jaxnorm.core.normalize import normalize
-from jaxnorm.core.running import all_finite, update_running
+from jaxnorm.core.running import all_finite, check_running, update_running
 from jaxnorm.core.standardize import Plan, apply_affine, stats_along
 from jaxnorm.methods.batch_norm import BatchNorm
 from jaxnorm.methods.spec import Slot, Values
@@ -232,6 +232,7 @@ def _by_deviation(stored: Stats, batch: Moments, epsilon: float) -> tuple[Stats,
     """Both with sigma in the place of the variance, to be averaged."""
     for kind, value in ((Stats, stored), (Moments, batch)):
         checks.of_kind(kind, value, "update_renorm", "Use update_renorm(stats, evidence).")
+    check_running("update_renorm", mean=stored.mean, var=stored.var)
     return (
         Stats(stored.mean, jnp.sqrt(stored.var + epsilon)),
         Moments(batch.count, batch.mean, jnp.sqrt(batch.var + epsilon)),
@@ -370,7 +371,7 @@ class BatchRenorm(BatchNorm):
             axis=self.axis,
             where=mask,
             epsilon=self.epsilon,
-            shift=stored.mean,
+            shift=self._shift(stored.mean, stored.var),
             dtype=dtype,
             who=who,
             **self._mapped_axes(initializing, who),

@@ -86,6 +86,8 @@ def decorrelated_batch_norm(
         Rounding errors in directions without variance are multiplied by epsilon^(-1/2), and again
         in each derivative: with features that are alike or constant choose epsilon above 1e-4.
         Variances below the rounding of a group's largest are not whitened, see `whitening_matrix`.
+        In float32, results and gradients are right for values up to 1e12, and with `epsilon=0` for
+        standard deviations from 1e-12.
         For the backward pass `x` and matrices of group size are kept.
 
     Example:

@@ -56,7 +56,8 @@ def ghost_batches(norm: Norm[Evidence], size: int) -> Norm[Evidence]:
 
     Numerics:
         As `norm`. A group on one device is normalized without traffic, forward and backward;
-        pooling the evidence takes some, which the result does not wait for.
+        pooling the evidence takes some, which the result does not wait for. `merge` says how
+        exact that is.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm

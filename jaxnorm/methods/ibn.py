@@ -355,7 +355,8 @@ class IBNa(BatchNorm):
         options |= dict(batch_axis=self.batch_axis, epsilon=self.epsilon, dtype=dtype, who=who)
         if use_running_average:
             return ibn_a_inference(x, stored, scale, bias, **options), {}
-        options |= dict(shift=stored.mean, **self._mapped_axes(initializing, who))
+        options |= dict(shift=self._shift(stored.mean, stored.var))
+        options |= self._mapped_axes(initializing, who)
         y, batch = self._by_batches(ibn_a, initializing)(x, scale, bias, **options)
         if initializing or not update_stats:
             return y, {}

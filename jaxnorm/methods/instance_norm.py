@@ -87,14 +87,7 @@ def instance_norm(
     """
     x = checks.input_array(x, who)
     features = ax.canonical_axes(axis, x.ndim, who)
-    batch = ax.canonical_axes(batch_axis, x.ndim, who, "batch_axis")
-    both = sorted({*features} & {*batch})
-    if both:
-        raise ValueError(
-            f"{who}: axis {both[0]} of an input of shape {x.shape} cannot be both a feature axis "
-            f"and the axis of examples. Name the features' by axis=..., the examples' by "
-            f"batch_axis=..."
-        )
+    batch = example_axes(batch_axis, features, x.shape, who)
     return normalize(
         x,
         scale,
@@ -108,6 +101,21 @@ def instance_norm(
         dtype=dtype,
         who=who,
     )
+
+
+def example_axes(
+    batch_axis: int | Sequence[int], features: tuple[int, ...], shape: tuple[int, ...], who: str
+) -> tuple[int, ...]:
+    """Canonical axes of examples, none of which is one of `features`."""
+    examples = ax.canonical_axes(batch_axis, len(shape), who, "batch_axis")
+    both = sorted({*features} & {*examples})
+    if both:
+        raise ValueError(
+            f"{who}: axis {both[0]} of an input of shape {shape} cannot be both a feature axis "
+            f"and the axis of examples. Name the features' by axis=..., the examples' by "
+            f"batch_axis=..."
+        )
+    return examples
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -77,7 +77,9 @@ class RunningCovariance(Affine, RunningStats):
         if use_running_average:
             return self._by_stats(x, stored, *affine, **options), {}
         options |= dict(num_groups=self.num_groups, group_size=self.group_size)
-        options |= dict(shift=values["mean"], **self._mapped_axes(initializing, who))
+        var = jnp.diagonal(cov, axis1=-2, axis2=-1)
+        shift = self._shift(stored.mean, var).reshape(-1)
+        options |= dict(shift=shift, **self._mapped_axes(initializing, who))
         y, batch = self._by_batches(self._by_batch, initializing)(x, *affine, **options)
         if initializing:
             return y, {}

@@ -119,6 +119,15 @@ class RunningStats(Spec):
             )
         return stats
 
+    def _shift(self, mean: jax.Array | None, var: jax.Array) -> jax.Array:
+        """What a batch's moments are taken about: the running mean, or 0 if that is near it.
+
+        Within a standard deviation 0 serves as well, and better for features that are 0 throughout
+        some batches, as rare features and dead units are: about 0, one pass finds their moments.
+        """
+        assert mean is not None
+        return jnp.where(precision.abs_square(mean) <= var, jnp.zeros_like(mean), mean)
+
     def _moved(
         self: Any,
         values: Values,

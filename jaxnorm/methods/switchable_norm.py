@@ -20,16 +20,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, devices
-from jaxnorm.core.moments import Moments, Stats, pool
-from jaxnorm.core.normalize import normalize_with_stats
+from jaxnorm.core.masks import checked_mask
+from jaxnorm.core.moments import Moments, Stats, moments_with_rest, pool_along
+from jaxnorm.core.normalize import normalize, normalize_with_stats
 from jaxnorm.core.standardize import stats_along
 from jaxnorm.methods.affine import Affine
-from jaxnorm.methods.instance_norm import instance_norm
+from jaxnorm.methods.instance_norm import example_axes
 from jaxnorm.methods.running_stats import RunningStats
 from jaxnorm.methods.spec import Initializer, Slot, Values
 
@@ -91,6 +93,8 @@ def switchable_norm(
         Computes in float32 or wider and rounds once. The means are mixed by their differences,
         which keeps the digits at means of many standard deviations. Statistics without evidence are
         (0, 1). For the backward pass `x` and statistics of each example and feature are kept.
+        In float32, results and gradients are right for values up to 1e12, and with `epsilon=0` for
+        standard deviations from 1e-12.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
@@ -103,10 +107,10 @@ def switchable_norm(
     Source:
         Luo et al. 2018 (arXiv:1806.10779), equations 3 to 5.
     """
-    devices(axis_name, axis_index_groups, who)
+    over = devices(axis_name, axis_index_groups, who)
     options: dict[str, Any] = dict(axis=axis, batch_axis=batch_axis, where=where)
     options |= dict(epsilon=epsilon, dtype=dtype, who=who)
-    pooling = dict(shift=shift, axis_name=axis_name, axis_index_groups=axis_index_groups)
+    pooling = dict(shift=shift, over=over)
     return _normalized(x, None, mean_weight, var_weight, scale, bias, pooling=pooling, **options)
 
 
@@ -182,39 +186,39 @@ def _normalized(
     """The result, by given statistics or the batch's, and the evidence of the batch."""
     x = checks.input_array(x, who)
     features = ax.canonical_axes(axis, x.ndim, who)
-    examples = ax.canonical_axes(batch_axis, x.ndim, who, "batch_axis")
+    examples = example_axes(batch_axis, features, x.shape, who)
     mean_weight = _logits(mean_weight, who, "mean_weight")
     var_weight = _logits(var_weight, who, "var_weight")
     scale = checks.feature_array(scale, x.shape, features, who, "scale")
     bias = checks.feature_array(bias, x.shape, features, who, "bias")
-    # By instance norm and not by `moments`, since its derivative keeps only `x` and statistics. Its
-    # result is dropped, and not computed under `jit`; its epsilon does not matter.
-    own: dict[str, Any] = dict(axis=features, batch_axis=examples, where=where, who=who)
-    _, each = instance_norm(x, epsilon=1.0, **own)
+    where = checked_mask(where, x.shape, who)
+    kept = sorted(features + examples)
+    space = ax.other_axes(kept, x.ndim)
+    each, rest = moments_with_rest(lax.stop_gradient(x), space, where)
+    # The derivative is that of a normalization, which keeps only `x` and statistics. Its result is
+    # dropped, and not computed under `jit`; its epsilon does not matter.
+    _, each = normalize(x, axes=space, where=where, evidence=each, epsilon=1.0, who=who)
 
     # From here on arrays have the axes of examples and features.
-    kept = sorted(features + examples)
-    feature_axes, example_axes = (
-        tuple(kept.index(a) for a in axes) for axes in (features, examples)
-    )
+    of_features, of_examples = (tuple(kept.index(a) for a in axes) for axes in (features, examples))
 
     def along(axes: tuple[int, ...], value: Any) -> Any:
         """Arrays with these axes, with all."""
         return jax.tree.map(lambda leaf: ax.lay_along(leaf, axes, len(kept)), value)
 
-    batch = pool(each, example_axes, **pooling)
+    batch = pool_along(each, of_examples, rest=rest, who=who, **pooling)
 
     def from_evidence(x, each, batch, mean_weight, var_weight, scale, bias):
         mixed = _mixture(
             each.stats(),
-            along(example_axes, pool(each, feature_axes).stats()),
-            along(feature_axes, batch),
+            along(of_examples, pool_along(each, of_features, who=who).stats()),
+            along(of_features, batch),
             jax.nn.softmax(mean_weight),
             jax.nn.softmax(var_weight),
         )
         scale, bias = (
             None if leaf is None else jnp.zeros_like(each.var, dtype=leaf.dtype) + leaf
-            for leaf in along(feature_axes, (scale, bias))
+            for leaf in along(of_features, (scale, bias))
         )
         return normalize_with_stats(
             x, mixed, scale, bias, axis=kept, where=where, who=who, **options
@@ -249,6 +253,7 @@ def _mixture(
 def _logits(weight: ArrayLike, who: str, what: str) -> jax.Array:
     """Three logits, in float32 or wider."""
     weight = jnp.asarray(weight)
+    checks.not_narrow(weight, who, what, f"{what}.astype(jnp.float32)")
     if weight.shape != (3,):
         raise ValueError(
             f"{who}: {what} has shape {weight.shape}, but weighs the statistics of instance, layer "
@@ -346,7 +351,8 @@ class SwitchableNorm(Affine, RunningStats):
         options |= dict(epsilon=self.epsilon, dtype=dtype, who=who)
         if use_running_average:
             return switchable_norm_inference(x, stored, *parameters, **options), {}
-        options |= dict(shift=stored.mean, **self._mapped_axes(initializing, who))
+        options |= dict(shift=self._shift(stored.mean, stored.var))
+        options |= self._mapped_axes(initializing, who)
         y, batch = self._by_batches(switchable_norm, initializing)(x, *parameters, **options)
         if initializing or not update_stats:
             return y, {}

@@ -90,6 +90,8 @@ def weight_standardization(
         Computes in float32 or wider and rounds once. Exact also where the mean is many standard
         deviations. Weights that are all equal become 0, with finite derivatives unless `epsilon`
         is 0.
+        In float32, results and gradients are right for weights up to 1e12, and with `epsilon=0` for
+        standard deviations from 1e-12.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
