@@ -1,16 +1,7 @@
 """Batch renorm, AdaBN, switchable norm and IBN-Net as their papers say, in float64 NumPy."""
 
 import numpy as np
-
-
-def moments(x, axes, where=None):
-    """Count, mean and biased variance over `axes`, which stay with size 1."""
-    valid = np.ones(x.shape, bool) if where is None else np.broadcast_to(where, x.shape)
-    count = valid.sum(axes, keepdims=True)
-    some = np.maximum(count, 1)
-    mean = np.where(valid, x, 0).sum(axes, keepdims=True) / some
-    var = np.where(valid, np.abs(x - mean) ** 2, 0).sum(axes, keepdims=True) / some
-    return count, mean, var
+from oracles import weighted_moments as moments
 
 
 def known(count, mean, var):

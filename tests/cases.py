@@ -16,6 +16,7 @@ class Case(NamedTuple):
         shape: of the input.
         axis: its feature axes.
         mask: shape of the mask, or None.
+        weights: whether the mask holds weights.
         scale, bias: whether there are these parameters.
     """
 
@@ -23,6 +24,7 @@ class Case(NamedTuple):
     shape: tuple[int, ...]
     axis: tuple[int, ...] = (-1,)
     mask: tuple[int, ...] | None = None
+    weights: bool = False
     scale: bool = True
     bias: bool = True
 
@@ -41,6 +43,8 @@ class Case(NamedTuple):
         scale = 1 + 0.3 * draw(features) if self.scale else None
         bias = draw(features) if self.bias else None
         mask = None if self.mask is None else rng.random(self.mask) < 0.7
+        if self.weights:
+            mask = mask * rng.uniform(0.2, 1.8, self.mask)
         return x, None if scale is None else scale.astype(dtype), bias, mask
 
 
@@ -55,6 +59,6 @@ CASES = (
     Case("only bias", (7, 3), scale=False),
     Case("masked rows", (8, 3), mask=(8, 1)),
     Case("masked elements", (8, 3), mask=(8, 3)),
-    Case("masked positions", (4, 3, 2), mask=(4, 3, 1)),
+    Case("weighted positions", (4, 3, 2), mask=(4, 3, 1), weights=True),
     Case("masked conv, no parameters", (4, 3, 2), mask=(4, 1, 1), scale=False, bias=False),
 )

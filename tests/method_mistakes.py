@@ -157,12 +157,6 @@ MISTAKES_WITH_METHODS = [
         r"^InstanceNorm\(num_features=6\): update_every=4.*are none.*track_running_stats=True",
     ),
     Row(
-        "mask of one value",
-        lambda: jaxnorm.layer_norm(X, where=True),
-        ValueError,
-        r"^layer_norm: the mask is a single value.*\(4, 1, 1\)",
-    ),
-    Row(
         "epsilon that is a number in text",
         lambda: jaxnorm.layer_norm(X, epsilon="1e-5"),
         TypeError,

@@ -148,6 +148,12 @@ def draw_mask(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).random(shape) < 0.67)
 
 
+def draw_weights(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    """0 where `draw_mask` is False, else of mean 1, in float32 whatever else is."""
+    drawn = np.random.default_rng(seed + 100).uniform(0.2, 1.8, shape)
+    return jnp.where(draw_mask(shape, seed), jnp.asarray(drawn, jnp.float32), jnp.float32(0))
+
+
 def covering(strength: int, choices: dict[str, Iterable[Any]]) -> list[dict[str, Any]]:
     """A few combinations of options in which any `strength` of them meet in all their values."""
     rows = list(itertools.product(*(range(len(tuple(values))) for values in choices.values())))

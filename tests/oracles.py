@@ -4,15 +4,11 @@ import numpy as np
 
 
 def batch_norm(x, scale=None, bias=None, *, axis=(-1,), where=None, epsilon=1e-5):
-    """Ioffe & Szegedy 2015, Algorithm 1, with a mask: returns y, count, mean, var."""
+    """Ioffe & Szegedy 2015, Algorithm 1, with a mask or weights: returns y, count, mean, var."""
     x = np.asarray(x).astype(np.complex128 if np.iscomplexobj(x) else np.float64)
     axis = sorted(a % x.ndim for a in axis)
     others = tuple(a for a in range(x.ndim) if a not in axis)
-    valid = np.ones(x.shape, bool) if where is None else np.broadcast_to(where, x.shape)
-    count = valid.sum(others, keepdims=True)
-    some = np.maximum(count, 1)
-    mean = np.where(valid, x, 0).sum(others, keepdims=True) / some
-    var = (np.where(valid, np.abs(x - mean), 0) ** 2).sum(others, keepdims=True) / some
+    count, mean, var = weighted_moments(x, others, where)
     used = np.where(count > 0, var, 1)
     y = (x - mean) / np.sqrt(used + epsilon)
     features = [x.shape[a] if a in axis else 1 for a in range(x.ndim)]
@@ -23,17 +19,28 @@ def batch_norm(x, scale=None, bias=None, *, axis=(-1,), where=None, epsilon=1e-5
     return y, count.squeeze(others), mean.squeeze(others), var.squeeze(others)
 
 
+def weighted_moments(x, axes, where=None):
+    """Count, mean and biased variance over `axes`, which stay with size 1.
+
+    Weighted: n = sum w, mean = sum w x / n, var = sum w |x - mean|^2 / n; 0 where n is.
+    """
+    weight = np.broadcast_to(1.0 if where is None else np.asarray(where, np.float64), x.shape)
+    count = weight.sum(axes, keepdims=True)
+    some = np.where(count > 0, count, 1)
+    mean = (weight * np.where(weight > 0, x, 0)).sum(axes, keepdims=True) / some
+    square = np.where(weight > 0, np.abs(x - mean) ** 2, 0)
+    return count, mean, (weight * square).sum(axes, keepdims=True) / some
+
+
 def standardized(x, axes, *, where=None, epsilon, use_mean=True):
     """(x - mean) / sqrt(var + epsilon) over `axes`; about the origin without the mean.
 
     Of what has no valid element, the mean is 0 and the variance 1.
     """
     x = np.asarray(x, np.float64)
-    valid = np.ones(x.shape, bool) if where is None else np.broadcast_to(where, x.shape)
-    count = valid.sum(axes, keepdims=True)
-    some = np.maximum(count, 1)
-    mean = np.where(valid, x, 0).sum(axes, keepdims=True) / some if use_mean else 0.0
-    var = np.where(valid, (x - mean) ** 2, 0).sum(axes, keepdims=True) / some
+    count, mean, var = weighted_moments(x, axes, where)
+    if not use_mean:
+        mean, var = 0.0, weighted_moments(x**2, axes, where)[1]
     return (x - mean) / np.sqrt(np.where(count > 0, var, 1) + epsilon)
 
 

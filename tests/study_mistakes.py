@@ -116,12 +116,6 @@ ROWS = [
         r"^saturated_share: the largest slope .* is (nan|inf).*activation=jax\.nn\.sigmoid",
     ),
     Row(
-        "saturation of integers",
-        lambda: saturated_share(jnp.arange(3), jnp.tanh),
-        TypeError,
-        r"^saturated_share: found int32\[3\], .*not floating point.*astype\(jnp\.float32\)",
-    ),
-    Row(
         "saturation along an axis that is not there",
         lambda: saturated_share(X, jnp.tanh, axes=2),
         ValueError,

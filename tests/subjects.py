@@ -14,7 +14,7 @@ import numpy as np
 import oracles
 import pytest
 import whitening_oracles as whitening
-from modules import FRAMEWORKS, Layer, draw, draw_mask
+from modules import FRAMEWORKS, Layer, draw, draw_mask, draw_weights
 
 import jaxnorm
 
@@ -51,6 +51,9 @@ class Subject(NamedTuple):
 
     def some_mask(self, seed: int = 0) -> jax.Array:
         return draw_mask(self.mask, seed)
+
+    def some_weights(self, seed: int = 0) -> jax.Array:
+        return draw_weights(self.mask, seed)
 
 
 def drawn(params: dict[str, jax.Array], seed: int = 3) -> dict[str, jax.Array]:

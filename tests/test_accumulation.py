@@ -88,9 +88,10 @@ def train_on(layer: Layer, batches, masks=None, stats=None):
 
 @pytest.mark.parametrize(("subject", "framework"), in_turn(ACCUMULATING, FRAMEWORKS))
 def test_micro_batches_store_what_they_would_as_one_batch(x64, framework, subject):
-    """Over two steps, with masks that leave unequal counts; in float64, so that all is exact."""
+    """Over two steps, with masks and weights that leave unequal counts; in float64, hence exact."""
     x = micro_batches(subject.shape, jnp.float64, 2 * K)
-    masks = jnp.stack([subject.some_mask(seed) for seed in range(2 * K)])
+    some = subject.some_weights if framework == "nnx" else subject.some_mask
+    masks = jnp.stack([some(seed) for seed in range(2 * K)])
     options = {"param_dtype": jnp.float64, "momentum": {"linen": 0.8, "nnx": None}[framework]}
     layer = subject.layer(framework, x[0], **options)
     plain = subject.layer(framework, x[0], **options, update_every=1)

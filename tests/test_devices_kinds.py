@@ -50,7 +50,8 @@ def params_lie(subject, x, params):
     ("subject", "axis_type"), in_turn(POOLED, [AxisType.Auto, AxisType.Explicit])
 )
 def test_whole_arrays_under_jit(subject, axis_type):
-    x, mask = subject.input(), subject.some_mask()
+    explicit = axis_type == AxisType.Explicit
+    x, mask = subject.input(), subject.some_weights() if explicit else subject.some_mask()
     layer = subject.layer("linen", x)
     params = drawn(layer.params)
     step = of_step(lambda params, x, mask: layer.train(params, layer.stats, x, mask=mask))

@@ -64,7 +64,8 @@ CONTEXTS = {
 
 @pytest.mark.parametrize(("subject", "context"), in_turn(POOLED, CONTEXTS, always=("shard_map",)))
 def test_devices_together_are_one(subject, context):
-    x, mask = subject.input(jnp.float64), subject.some_mask()
+    x = subject.input(jnp.float64)
+    mask = subject.some_weights() if context == "shard_map" else subject.some_mask()
     together = subject.layer("linen", x, axis_name="d")
     alone = subject.layer("linen", x)
     params = {name: p.astype(jnp.float64) for name, p in drawn(alone.params).items()}

@@ -110,7 +110,7 @@ def test_same_variables_outputs_and_gradients(framework, norm, options):
 @BOTH
 def test_same_dtype_of_the_result(framework, norm):
     choices = ((None, jnp.bfloat16), (jnp.float32, jnp.bfloat16), (True, False))
-    for input_dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+    for input_dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32):
         x = jax.ShapeDtypeStruct(SHAPE, input_dtype)
         for dtype, param_dtype, use_scale in itertools.product(*choices):
             options = dict(dtype=dtype, param_dtype=param_dtype, use_scale=use_scale)
@@ -120,6 +120,19 @@ def test_same_dtype_of_the_result(framework, norm):
                 for library in (OURS, FLAX)
             )
             chex.assert_trees_all_equal_shapes_and_dtypes(ours, flaxs)
+
+
+@ALL
+@BOTH
+def test_takes_what_flax_takes(framework, norm):
+    """Integers, and masks of numbers and of the last axes."""
+    flaxs, ours = both_layers(framework, norm)
+    counts = jnp.arange(X.size, dtype=jnp.int32).reshape(SHAPE) % 13
+    for x, mask in ((counts, None), (X, MASK.astype(jnp.float32)), (X, 2 * MASK[0].astype(int))):
+        with jax.numpy_rank_promotion("allow"):
+            counts = None if mask is None else mask != 0  # new JAX asks NNX for booleans
+            expected = output(flaxs, x, mask=counts)
+        assert_close(output(ours, x, mask=mask), expected)
 
 
 AXES_AS_USERS_GIVE_THEM = {

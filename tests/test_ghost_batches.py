@@ -57,14 +57,14 @@ METHODS = {
 
 
 def inputs(dtype=np.float64):
-    """An input whose groups differ, scale, bias, and a mask.
+    """An input whose groups differ, scale, bias, and weights.
 
     Groups of two and of eight have unequal counts in it, and some of both have none.
     """
     rng = np.random.default_rng(0)
     x = rng.normal(size=SHAPE) + np.arange(EXAMPLES)[:, None, None] / 4
-    mask = rng.random((*SHAPE[:-1], 1)) < 0.7
-    mask[2:4] = mask[8:] = False
+    mask = (rng.random((*SHAPE[:-1], 1)) < 0.7) * rng.uniform(0.2, 1.8, (*SHAPE[:-1], 1))
+    mask[2:4] = mask[8:] = 0
     return x.astype(dtype), 1 + rng.normal(size=FEATURES), rng.normal(size=FEATURES), mask
 
 

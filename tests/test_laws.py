@@ -20,6 +20,19 @@ MOVING = ("mean", "var", "cov")
 WIDE = pytest.mark.usefixtures("x64", "quick_compile")
 
 
+MASKS = {
+    "whole": lambda subject: None,
+    "masked": lambda subject: subject.some_mask(),
+    "weighted": lambda subject: subject.some_weights(),
+}
+
+
+def masks(*slow):
+    """The kinds of masks, of which some only join a run with -m slow."""
+    rows = [pytest.param(kind, marks=pytest.mark.slow if kind in slow else ()) for kind in MASKS]
+    return pytest.mark.parametrize("kind", rows)
+
+
 def step_and_infer(layer):
     """(params, stats, x, mask) -> result of a training step, new state, result of inference."""
 
@@ -36,10 +49,10 @@ EACH_IN_TURN = pytest.mark.parametrize(("subject", "framework"), in_turn(SUBJECT
 
 
 @WIDE
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@masks("masked")
 @EACH_IN_TURN
-def test_training_is_what_the_paper_says(framework, subject, masked):
-    x, mask = subject.input(jnp.float64), subject.some_mask() if masked else None
+def test_training_is_what_the_paper_says(framework, subject, kind):
+    x, mask = subject.input(jnp.float64), MASKS[kind](subject)
     layer = subject.layer(framework, x)
     params = {name: p.astype(jnp.float64) for name, p in drawn(layer.params).items()}
     y, _, _ = jax.jit(step_and_infer(layer))(params, layer.stats, x, mask)
@@ -52,14 +65,16 @@ def test_training_is_what_the_paper_says(framework, subject, masked):
 
 
 @EACH_METHOD
-def test_linen_is_nnx(subject):
+def test_linen_is_nnx_and_booleans_are_weights_of_0_and_1(subject):
     x, mask = subject.input(), subject.some_mask()
     linen, nnx = (subject.layer(framework, x) for framework in ("linen", "nnx"))
     chex.assert_trees_all_equal_shapes_and_dtypes(
         (linen.params, linen.stats), (nnx.params, nnx.stats)
     )
-    arguments = drawn(linen.params), linen.stats, x, mask
-    found, expected = (jax.jit(step_and_infer(layer))(*arguments) for layer in (linen, nnx))
+    found, expected = (
+        jax.jit(step_and_infer(layer))(drawn(linen.params), linen.stats, x, where)
+        for layer, where in ((linen, mask), (nnx, mask.astype(jnp.bfloat16)))
+    )
     chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -77,14 +92,12 @@ def test_compiled_is_eager_and_mapped_is_one_by_one(framework, subject):
 
 
 @WIDE
-@pytest.mark.parametrize(
-    "masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "masked"]
-)
+@masks("whole", "masked")
 @EACH_METHOD
-def test_derivatives_of_two_orders(subject, masked):
+def test_derivatives_of_two_orders(subject, kind):
     """Along a line through input and parameters: forward, reverse, both orders of both, and finite
     differences, which trust none of them."""
-    x, mask = subject.input(jnp.float64), subject.some_mask() if masked else None
+    x, mask = subject.input(jnp.float64), MASKS[kind](subject)
     # Where a mask leaves one value, a small epsilon makes derivatives too large for differences.
     layer = subject.layer("linen", x, epsilon=0.1)
     params = jax.tree.map(lambda p: p.astype(jnp.float64), drawn(layer.params))
@@ -115,22 +128,29 @@ def test_derivatives_of_two_orders(subject, masked):
         np.testing.assert_allclose(found[order], expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("harm", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow), 3e38])
+@pytest.mark.parametrize(
+    ("harm", "kind"),
+    [
+        (np.nan, "weighted"),
+        pytest.param(np.inf, "masked", marks=pytest.mark.slow),
+        (3e38, "masked"),
+    ],
+)
 @EACH_METHOD
-def test_what_is_masked_reaches_nothing(subject, harm):
-    x, mask = subject.input(), subject.some_mask()
+def test_what_is_masked_reaches_nothing(subject, harm, kind):
+    x, mask, given = subject.input(), subject.some_mask(), MASKS[kind](subject)
     layer = subject.layer("linen", x)
 
     @jax.jit
     def run(x):
         def loss(params, x):
-            y, new = layer.train(params, layer.stats, x, mask=mask)
+            y, new = layer.train(params, layer.stats, x, mask=given)
             valid = jnp.where(mask, y, 0)
             # Also what is masked later has to have a finite gradient.
             return (valid**3).sum() + 0 * (y**2).sum(), (valid, new)
 
         (gradients, dx), (valid, new) = jax.grad(loss, (0, 1), has_aux=True)(drawn(layer.params), x)
-        z = layer.infer(layer.params, new, x, mask=mask)
+        z = layer.infer(layer.params, new, x, mask=given)
         return valid, new, gradients, jnp.where(mask, dx, 0), jnp.where(mask, z, 0), dx
 
     clean, spoiled = run(x), run(jnp.where(mask, x, harm))
@@ -265,7 +285,7 @@ def test_strict_modes(subject, dtype, mode):
         "debug nans": jax.debug_nans(True),
         "tracer leaks": jax.checking_leaks(),
     }
-    x, mask = subject.input(dtype), subject.some_mask()
+    x, mask = subject.input(dtype), subject.some_weights()
     layer = subject.layer("linen", x)
 
     def loss(params, x):

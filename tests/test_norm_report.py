@@ -201,7 +201,7 @@ def test_singular_values_of_a_large_batch_are_those_of_the_formula(rng, masked):
     x = inputs(rng, 60, 6)
     assert x.size > DENSE
     scale = np.exp(rng.normal(size=6))
-    mask = rng.random((60, 1)) < 0.7 if masked else None
+    mask = (rng.random((60, 1)) < 0.7) * rng.uniform(0.2, 1.8, (60, 1)) if masked else None
     spec = jaxnorm.methods.BatchNorm()
     values = {"scale": scale, "bias": scale, "mean": 0 * scale, "var": scale}
     mode = dict(BATCH, update_stats=False)

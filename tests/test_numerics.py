@@ -136,10 +136,48 @@ def test_masked_values_are_normalized_like_the_others():
     np.testing.assert_allclose(y, oracles.batch_norm(x, where=MASK)[0], atol=1e-5)
 
 
-def test_an_integer_mask_is_a_boolean_one():
+def test_integers_count_where_they_are_not_0():
     x = offset_data(2, 1, (6, 3))
     chex.assert_trees_all_equal(
-        jaxnorm.batch_norm(x, where=MASK.astype(np.int32)), jaxnorm.batch_norm(x, where=MASK)
+        jaxnorm.batch_norm(x, where=-2 * MASK.astype(np.int32)), jaxnorm.batch_norm(x, where=MASK)
+    )
+
+
+def test_weights_of_whole_numbers_repeat():
+    """Also under Bessel's correction, and narrow ones, whose sums float16 would not hold."""
+    x, times = offset_data(2, 1, (300, 3)), np.arange(300) % 5
+    joint = jaxnorm.comoments(x, where=times[:, None].astype(np.float16))
+    np.testing.assert_array_equal(joint.count, times.sum())
+    expected = np.cov(x, rowvar=False, fweights=times)
+    np.testing.assert_allclose(joint.stats(ddof=1).cov[0], expected, rtol=1e-5, atol=1e-6)
+    each = jaxnorm.moments(x, 0, where=jnp.asarray(times[:, None], jnp.bfloat16))
+    np.testing.assert_allclose(each.stats(ddof=1).var, np.diag(expected), rtol=1e-5)
+
+
+def test_weights_are_constants():
+    x, weights = offset_data(2, 1, (6, 3)), np.linspace(0, 1, 6, dtype=np.float32)[:, None]
+
+    def total(weights):
+        y, seen = jaxnorm.batch_norm(x, where=weights)
+        return (y**3).sum() + sum(leaf.sum() for leaf in jax.tree.leaves(seen))
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.asarray(weights)), 0)
+
+
+FITS = [((3, 2, 3), True), ((3,), False), ((2, 3), True), ((2, 1), True), ((1,), True), ((), True)]
+
+
+@pytest.mark.parametrize(("mask", "fits"), FITS, ids=str)
+def test_fewer_axes_are_the_last_ones_unless_they_fit_elsewhere(mask, fits):
+    x = offset_data(2, 1, (3, 2, 3))
+    where = np.arange(np.prod(mask, dtype=int)).reshape(mask) % 3 < 2
+    if not fits:
+        with pytest.raises(ValueError, match=r"in 2 ways.*mask\[\.\.\., None, None\] or "):
+            jaxnorm.moments(x, 0, where=where)
+        return
+    whole = np.broadcast_to(where, x.shape)
+    chex.assert_trees_all_equal(
+        jaxnorm.moments(x, 0, where=where), jaxnorm.moments(x, 0, where=whole)
     )
 
 

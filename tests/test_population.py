@@ -265,10 +265,11 @@ class Masked(nn.Module):
         return norm(use_running_average=True, update_every=3, name="second")(x * x, mask=mask)
 
 
-def test_masks_waiting_evidence_and_bessels_correction():
+def test_weights_waiting_evidence_and_bessels_correction():
     x, valid = np.stack(vectors(6, 6)), np.array([[1, 1, 0, 1, 1, 1], [1, 0, 0, 0, 0, 1]], bool)
     x = np.where(valid[..., None], x, np.nan)
-    model, mask = Masked(), valid[..., None]
+    times = np.where(valid, [[1, 2, 1, 1, 2, 1], [3, 1, 1, 1, 1, 1]], 0)  # weights that repeat
+    model, mask = Masked(), times[..., None].astype(np.float32)
     variables = model.init(jax.random.key(0), x[0], mask[0])
     waiting = variables["batch_stats"]["second"]
     waiting |= {"pending_batches": jnp.int32(2), "pending_count": jnp.full(4, 5.0)}
@@ -282,7 +283,7 @@ def test_masks_waiting_evidence_and_bessels_correction():
             **options,
         )
 
-    data = x[valid].astype(np.float64)
+    data = np.repeat(x[valid].astype(np.float64), times[valid], 0)
     after = exact()
     np.testing.assert_allclose(stored(after, "first")[1], data.var(0, ddof=1), rtol=1e-5)
     second = ((data - data.mean(0)) / np.sqrt(data.var(0, ddof=1) + 1e-5)) ** 2

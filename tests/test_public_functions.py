@@ -80,6 +80,12 @@ def test_features_on_another_axis(x64, name, masked):
     narrow = ours(X.astype(np.float32), SCALE, BIAS, where=where, dtype=jnp.float32)
     assert narrow.dtype == np.float32
     np.testing.assert_allclose(narrow, expected, rtol=1e-4, atol=1e-4)
+    counts = np.rint(4 * X).astype(np.int8)
+    found, wide = (
+        ours(x, SCALE, BIAS, where=where, dtype=None) for x in (counts, counts.astype(np.float32))
+    )
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, wide)
 
 
 WEIGHTS = {
@@ -106,6 +112,9 @@ WEIGHTS = {
 def test_weights(x64, name):
     ours, oracle = WEIGHTS[name]
     np.testing.assert_allclose(ours(KERNEL), oracle(KERNEL), rtol=1e-7, atol=1e-9)
+    whole = np.rint(4 * KERNEL).astype(np.int8)
+    assert ours(whole).dtype == np.float32
+    np.testing.assert_array_equal(ours(whole), ours(whole.astype(np.float32)))
 
 
 def test_stored_sigma_divides():

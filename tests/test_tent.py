@@ -362,6 +362,9 @@ def test_a_masked_nan_does_no_harm():
     slope = jax.grad(lambda logits: _mean_entropy(logits, mask, "test"))(logits)
     kept = jax.grad(lambda logits: entropy(logits).mean())(logits[mask])
     close(slope, jnp.zeros((3, 3)).at[mask].set(kept))
+    weights = jnp.array([0.25, 0.0, 0.5])
+    expected = np.average(entropy(logits[mask]), weights=weights[mask])
+    close(_mean_entropy(logits, weights, "test"), expected)
 
 
 @frameworks

@@ -93,15 +93,6 @@ FUNCTIONS = (
 ROWS = [
     *(
         Row(
-            f"integers, {name}",
-            lambda function=function: function(W.astype(jnp.int8)),
-            TypeError,
-            rf"^{name}: .*int8\[5, 3\].*astype",
-        )
-        for name, function in FUNCTIONS
-    ),
-    *(
-        Row(
             f"integer result, {name}",
             lambda function=function: function(W, dtype=jnp.int32),
             TypeError,

@@ -42,12 +42,6 @@ ROWS = [
         r"^decorrelated_batch_norm: .*complex64\[4, 2, 6\].*concatenate\(\[x\.real, x\.imag\]",
     ),
     Row(
-        "covariance of integers",
-        lambda: comoments(jnp.zeros((4, 6), int)),
-        TypeError,
-        r"^comoments: .*int32\[4, 6\].*x\.astype\(jnp\.float32\)",
-    ),
-    Row(
         "several feature axes",
         lambda: iter_norm(X, axis=(1, 2)),
         ValueError,

@@ -6,18 +6,18 @@ import numpy as np
 def comoments(x, *, axis=-1, groups=1, where=None):
     """Count, mean and covariance of each group of features, one example and one group at a time."""
     x = np.moveaxis(np.asarray(x, np.float64), axis, -1)
-    valid = np.ones(x.shape[:-1], bool)
+    weights = np.ones(x.shape[:-1])
     if where is not None:
-        valid = valid & np.moveaxis(np.asarray(where, bool), axis, -1)[..., 0]
+        weights = weights * np.moveaxis(np.asarray(where, np.float64), axis, -1)[..., 0]
     size = x.shape[-1] // groups
-    rows = x[valid].reshape(-1, groups, size)
-    count = len(rows)
+    rows, weights = x[weights > 0].reshape(-1, groups, size), weights[weights > 0]
+    count = weights.sum()
     mean, cov = np.zeros((groups, size)), np.zeros((groups, size, size))
     for g in range(groups if count else 0):
-        mean[g] = rows[:, g].sum(0) / count
-        for row in rows[:, g] - mean[g]:
-            cov[g] += np.outer(row, row) / count
-    return np.full(groups, count, float), mean, cov
+        mean[g] = weights @ rows[:, g] / count
+        for row, weight in zip(rows[:, g] - mean[g], weights, strict=True):
+            cov[g] += weight * np.outer(row, row) / count
+    return np.full(groups, count), mean, cov
 
 
 def zca(cov, epsilon):

@@ -14,23 +14,43 @@ from jax.typing import ArrayLike
 from jaxnorm.core.axes import sizes
 
 
-def inexact_array(x: ArrayLike, who: str) -> jax.Array:
-    """`x` as an array of floating point or complex numbers.
+def any_array(x: ArrayLike, who: str, what: str = "the input") -> jax.Array:
+    """`x` as an array, of whatever it holds.
 
     Raises:
-        TypeError: `x` is no array, or holds integers or booleans, whose statistics would be
-            rounded, or floating point numbers of 8 bits, which JAX does not promote.
+        TypeError: `x` is no array.
     """
     try:
-        x = as_array(x)
+        return as_array(x)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"{who}: the input is {type(x).__name__}, which is no array. Pass an array of JAX or "
+            f"{who}: {what} is {type(x).__name__}, which is no array. Pass an array of JAX or "
             f"NumPy, or nested lists of numbers of equal length."
         ) from error
+
+
+def input_array(x: ArrayLike, who: str) -> jax.Array:
+    """`x` as an array of floating point or complex numbers; integers and booleans become float32.
+
+    Raises:
+        TypeError: `x` is no array, or holds floating point numbers of 8 bits.
+    """
+    x = any_array(x, who)
+    whole = x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.integer)
+    return inexact_array(x.astype(jnp.float32) if whole else x, who)
+
+
+def inexact_array(x: ArrayLike, who: str) -> jax.Array:
+    """`x` as an array of floating point or complex numbers, which it must hold as it is.
+
+    Raises:
+        TypeError: `x` is no array, or holds integers or booleans, which would be stored as another
+            dtype, or floating point numbers of 8 bits, which JAX does not promote.
+    """
+    x = any_array(x, who)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            f"{who}: the input is {x.dtype}{list(x.shape)}, but statistics need floating point or "
+            f"{who}: the input is {x.dtype}{list(x.shape)}, but must hold floating point or "
             f"complex numbers. Convert it first: x.astype(jnp.float32)."
         )
     if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 16:
@@ -81,48 +101,6 @@ def of_kind(kind: type, value: object, who: str, fix: str) -> None:
         raise TypeError(
             f"{who}: needs jaxnorm.{kind.__name__}, found {type(value).__name__}. {fix}"
         )
-
-
-def boolean_mask(where: ArrayLike | None, shape: tuple[int, ...], who: str) -> jax.Array | None:
-    """`where` as a boolean array with as many axes as the input, each of the input's size or 1.
-
-    Fewer axes are refused although NumPy would broadcast them: a mask [batch, time] for an input
-    [batch, time, features] would be read as [time, features] whenever the sizes happen to agree.
-
-    Raises:
-        TypeError: the mask holds floating point numbers, which would be taken for weights.
-        ValueError: its shape does not fit.
-    """
-    if where is None:
-        return None
-    where = as_array(where)
-    if where.ndim == 0:
-        raise ValueError(
-            f"{who}: the mask is a single value, but must say of each element whether it counts. "
-            f"Drop it, or use a mask of shape {(*shape[:1], *(1 for _ in shape[1:]))}."
-        )
-    if not (where.dtype == jnp.bool_ or jnp.issubdtype(where.dtype, jnp.integer)):
-        raise TypeError(
-            f"{who}: the mask is {where.dtype}, but says of each element only whether it counts, "
-            f"not how much. Make it boolean: mask > 0."
-        )
-    fits = where.ndim == len(shape) and all(
-        size in (1, full) for size, full in zip(where.shape, shape, strict=True)
-    )
-    if not fits:
-        missing = len(shape) - where.ndim
-        leading = where.shape == shape[: where.ndim]
-        fix = (
-            f"Add the missing axes: mask[{', '.join(['...'] + ['None'] * missing)}]."
-            if missing > 0 and leading
-            else f"For one value per example: mask of shape "
-            f"{(*shape[:1], *(1 for _ in shape[1:]))}."
-        )
-        raise ValueError(
-            f"{who}: a mask of shape {where.shape} does not fit an input of shape {shape}: it "
-            f"needs as many axes, each of the input's size or 1. {fix}"
-        )
-    return where.astype(jnp.bool_)
 
 
 def feature_array(

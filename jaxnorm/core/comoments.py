@@ -21,8 +21,8 @@ from jaxnorm.core.covariance import (
 )
 from jaxnorm.core.devices import AxisName, Devices, devices
 from jaxnorm.core.feature_groups import feature_axis, group_shape, placed_by_compiler, split
+from jaxnorm.core.masks import clean, weighted
 from jaxnorm.core.matrix_roots import symmetric
-from jaxnorm.core.moments import clean
 from jaxnorm.core.pooling import reciprocal
 
 
@@ -52,7 +52,7 @@ class JointView(NamedTuple):
         return *examples, self.groups, x.shape[self.axis] // self.groups
 
     def weights(self, x: jax.Array, where: jax.Array | None) -> jax.Array | float:
-        """Which examples count, `[..., 1, 1]`, or 1 for all."""
+        """How much each example counts, `[..., 1, 1]`, or 1 for all."""
         if where is None:
             return 1.0
         return split(where, self.axis, 1).astype(precision.accumulation_dtype(x.dtype))
@@ -92,9 +92,8 @@ def _tangent_of_comoments(view: JointView, primals, tangents):
         examples = tuple(range(x.ndim - 1))
         groups = (len(examples),)
         offset = view.grouped(x, where) - lax.expand_dims(mean, examples)
-        if where is not None:
-            dx = jnp.where(where, dx, jnp.zeros_like(dx))
-        change = view.grouped(dx, None)
+        change = weighted(dx.astype(precision.accumulation_dtype(dx.dtype)), where)
+        change = view.grouped(change, None)
         products = lax.dot_general(
             offset,
             change,
@@ -134,15 +133,15 @@ def comoments(
         cov = sum (x - mean)(x - mean)^T / n
 
     Args:
-        x: array of any shape; float or bfloat16. All axes but `axis` are examples.
+        x: array of any shape; float or bfloat16; integers become float32. All axes but `axis` are
+            examples.
         axis: the feature axis.
         num_groups: number of groups of neighbouring features.
         group_size: features in a group; give either this or `num_groups`, and None for the other.
-        where: boolean mask with as many axes as `x`, of size 1 along `axis` and of the size of `x`
-            or 1 along the others; True counts. NaN and infinities under the mask reach neither the
-            result nor its derivatives.
+        where: which examples count, by booleans or weights, or None for all; of the shape of `x`,
+            but of size 1 along `axis`. See `normalize`.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
-            the evidence is pooled, weighted by the number of valid examples on each device.
+            the evidence is pooled, weighted by the count of each device.
         axis_index_groups: groups of indices along `axis_name`; each pools on its own.
 
     Returns:
@@ -150,7 +149,7 @@ def comoments(
         symmetric.
 
     Raises:
-        TypeError: `x` is no real floating point array, or the mask is floating point.
+        TypeError: `x` is complex, holds no numbers, or floats of 8 bits, or the mask is complex.
         ValueError: an axis out of range, a mask that does not fit or differs between features,
             groups that do not divide the features.
         NameError: `axis_name` is not bound.

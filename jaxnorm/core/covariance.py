@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks
 from jaxnorm.core.devices import AxisName, Devices, decide_alike, devices
+from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.matrix_roots import symmetric
 from jaxnorm.core.moments import shift_along
 from jaxnorm.core.pooling import Parts, reciprocal, usable_shift, weighted_sums
@@ -50,7 +51,7 @@ class Comoments:
     unequal their counts; a count of 0 is allowed and changes nothing.
 
     Attributes:
-        count: number of examples, `[groups]`, float32 or wider.
+        count: number of examples, or the sum of their weights, `[groups]`, float32 or wider.
         mean: their mean, `[groups, group size]`.
         cov: their biased covariance, `[groups, group size, group size]`, symmetric.
     """
@@ -64,7 +65,8 @@ class Comoments:
 
         Args:
             ddof: degrees of freedom taken off the count in the covariance's denominator: 0 for the
-                biased covariance, by which a batch is whitened, 1 for Bessel's correction.
+                biased covariance, by which a batch is whitened, 1 for Bessel's correction. Weights
+                are taken for how often an example was seen.
 
         Returns:
             `JointStats`, with mean 0 and covariance I wherever the count does not exceed `ddof`.
@@ -191,12 +193,12 @@ def _per_matrix(weight: jax.Array | float) -> jax.Array | float:
 
 
 def joint_input(x: ArrayLike, who: str) -> jax.Array:
-    """`x` as an array of real floating point numbers.
+    """`x` as an array of real floating point numbers; integers become float32.
 
     Raises:
-        TypeError: it holds integers, 8 bits, or complex numbers.
+        TypeError: it holds 8 bits, or complex numbers.
     """
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     if jnp.iscomplexobj(x):
         raise TypeError(
             f"{who}: the input is {x.dtype}{list(x.shape)}, but covariances are taken of real "
@@ -208,13 +210,13 @@ def joint_input(x: ArrayLike, who: str) -> jax.Array:
 def joint_mask(
     where: ArrayLike | None, shape: tuple[int, ...], axis: int, who: str
 ) -> jax.Array | None:
-    """`where` as a boolean array of size 1 along the feature `axis`.
+    """`where` as booleans or weights of size 1 along the feature `axis`.
 
     Raises:
-        TypeError: the mask holds floating point numbers.
+        TypeError: the mask is complex.
         ValueError: it does not fit, or could differ between the features of an example.
     """
-    where = checks.boolean_mask(where, shape, who)
+    where = checked_mask(where, shape, who)
     if where is not None and where.shape[axis] != 1:
         raise ValueError(
             f"{who}: a mask of shape {where.shape} says for each of {shape[axis]} features along "

@@ -26,7 +26,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxnorm.core import axes as ax
 from jaxnorm.core.devices import all_varying, placement
 from jaxnorm.core.kernels import primitives as kernels
-from jaxnorm.core.moments import Moments, Stats, clean, moments_keeping_axes
+from jaxnorm.core.masks import clean
+from jaxnorm.core.moments import Moments, Stats, moments_keeping_axes
 from jaxnorm.core.pooling import reciprocal
 from jaxnorm.core.standardize import Plan, apply_affine, apply_stats
 from jaxnorm.core.tangent import tangent

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, Devices, devices, placed, placement
+from jaxnorm.core.masks import checked_mask, clean
 from jaxnorm.core.pooling import Parts, pooled, pooled_given, reciprocal
 
 
@@ -43,7 +44,8 @@ class Moments:
     count of 0 is allowed and changes nothing.
 
     Attributes:
-        count: number of values behind each entry; float32 or wider, of the shape of `var`.
+        count: number of values behind each entry, or the sum of their weights; float32 or wider,
+            of the shape of `var`.
         mean: their mean; float32 or wider, or complex. None about the origin.
         var: their biased variance, the mean of |x - mean|^2, or of |x|^2 about the origin; float32
             or wider.
@@ -58,7 +60,8 @@ class Moments:
 
         Args:
             ddof: degrees of freedom taken off the count in the variance's denominator: 0 for the
-                biased variance, by which a batch is normalized, 1 for Bessel's correction.
+                biased variance, by which a batch is normalized, 1 for Bessel's correction. Weights
+                are taken for how often a value was seen.
 
         Returns:
             `Stats`, with mean 0 and variance 1 wherever the count does not exceed `ddof`.
@@ -77,30 +80,6 @@ class Moments:
             else jnp.where(known, self.mean, jnp.zeros_like(self.mean)),
             var=jnp.where(known, self.var * correction, jnp.ones_like(self.var)),
         )
-
-
-def harmless(x: jax.Array, where: jax.Array | None) -> jax.Array | None:
-    """Which elements of `x` may take part; None for all, which is the case without a mask.
-
-    Under the mask (where it is False) NaN, infinities and huge numbers may not. Huge is what could
-    overflow when it is normalized and multiplied with itself: 0 times the resulting infinity would
-    be NaN. Other masked elements may, since a layer normalizes them as well.
-    """
-    if where is None:
-        return None
-    limit = float(jnp.finfo(precision.accumulation_dtype(x.dtype)).max) ** 0.25
-
-    def moderate(part: jax.Array) -> jax.Array:
-        largest = min(limit, float(jnp.finfo(part.dtype).max))
-        return (part >= -largest) & (part <= largest)
-
-    return where | (moderate(x.real) & moderate(x.imag) if jnp.iscomplexobj(x) else moderate(x))
-
-
-def clean(x: jax.Array, where: jax.Array | None) -> jax.Array:
-    """`x` with 0 in place of the elements that are not `harmless`."""
-    selected = harmless(x, where)
-    return x if selected is None else jnp.where(selected, x, jnp.zeros_like(x))
 
 
 def moments_keeping_axes(
@@ -156,17 +135,18 @@ def moments(
     """Count, mean and biased variance of `x` along `axes`, pooled over devices if asked.
 
     Args:
-        x: array of any shape; float, bfloat16, or complex. Integers are refused.
+        x: array of any shape; float, bfloat16 or complex; integers become float32.
         axes: the axes that are reduced.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1; True counts.
-            NaN and infinities under the mask reach neither the result nor its derivatives.
+        where: which elements count, by booleans or weights, or None for all; of the shape of `x`,
+            or of size 1 along some axes. See `normalize`. NaN and infinities in what does not count
+            reach neither the result nor its derivatives.
         use_mean: False takes the variance about the origin, the mean of |x|^2, and no mean.
         shift: an estimate of the mean, such as a running mean: a number, or an array of the shape
             of the result. It decides what the moments cost, not what they are: within 8 standard
             deviations of the mean, one pass over the data and one collective suffice, otherwise
             three. None takes two, and so do fewer than 32768 numbers on one device.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
-            the evidence is pooled, weighted by the number of valid elements on each device.
+            the evidence is pooled, weighted by the count of each device.
         axis_index_groups: groups of indices along `axis_name`; each pools on its own.
         keepdims: whether reduced axes stay, with size 1.
 
@@ -175,7 +155,7 @@ def moments(
         are 0 where nothing is valid.
 
     Raises:
-        TypeError: `x` is neither floating point nor complex, or the mask is floating point.
+        TypeError: `x` holds no numbers, or floats of 8 bits, or the mask is complex.
         ValueError: axes out of range or named twice, a mask that does not fit.
         NameError: `axis_name` is not bound.
 
@@ -195,9 +175,9 @@ def moments(
         of two parts.
     """
     who = "moments"
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     axes = ax.canonical_axes(axes, x.ndim, who, "axes")
-    where = checks.boolean_mask(where, x.shape, who)
+    where = checked_mask(where, x.shape, who)
     over = devices(axis_name, axis_index_groups, who)
     kept = _jitted_moments(x, axes, where, over, use_mean, shift_along(shift, x, axes, who))
     return kept if keepdims else jax.tree.map(lambda leaf: leaf.squeeze(axes), kept)

@@ -12,6 +12,7 @@ from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, devices, placement
 from jaxnorm.core.fused import Hint, normalize_by, normalize_fused
 from jaxnorm.core.kernels.use import current_use
+from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.moments import Moments, Stats, shift_along
 from jaxnorm.core.standardize import Plan, feature_along, result_dtype, stats_along
 
@@ -41,15 +42,19 @@ def normalize(
     `use_mean=False`.
 
     Args:
-        x: array of any shape; float, bfloat16, or complex.
+        x: array of any shape; float, bfloat16 or complex; integers become float32.
         scale: one factor per feature, or None for 1.
         bias: one summand per feature, or None for 0.
         axes: the axes along which mean and variance are taken.
         axis: the feature axis or axes of `x`: `scale` and `bias` have its shape along them, in
             increasing order.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1. Masked elements
-            do not count for the moments. They are normalized like the others, but NaN,
-            infinities and huge numbers (above 4e9 in float32) among them are taken for 0.
+        where: which elements count for the moments, by booleans or weights, or None for all; of
+            the shape of `x`, or of size 1 along some axes. Fewer axes are the last ones, unless
+            they fit elsewhere too; integers count where they are not 0. Weights are floating point
+            numbers, 0 or more, of which a negative one or NaN makes the result wrong: the count is
+            their sum, and no derivative is taken by them. What does not count is normalized like
+            the others, but NaN, infinities and huge numbers (above 4e9 in float32) there are taken
+            for 0.
         epsilon: added to the variance, inside the root; 0 or more.
         use_mean: False takes no mean off and the variance about the origin, as RMS norm does.
         shift: an estimate of the mean, such as a running mean: a number, or an array of the shape
@@ -61,7 +66,7 @@ def normalize(
         evidence: the moments themselves, if they are known already: those of `x` along `axes` and
             over the mapped axes. Derivatives are as if they were taken here.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
-            the moments are pooled, weighted by the number of valid elements on each device.
+            the moments are pooled, weighted by the count of each device.
         axis_index_groups: groups of indices along `axis_name`; each pools on its own.
         dtype: dtype of the result; None for that of `x`, made complex if a parameter is.
         who: the name that error messages give to the caller.
@@ -71,8 +76,8 @@ def normalize(
         float32 or wider. Where nothing is valid, the mean is taken for 0 and the variance for 1.
 
     Raises:
-        TypeError: `x` is neither floating point nor complex, the mask is floating point, or `dtype`
-            cannot hold the result.
+        TypeError: `x` holds no numbers, or floats of 8 bits, the mask is complex, or `dtype` cannot
+            hold the result.
         ValueError: axes out of range or named twice; a mask or parameters that do not fit.
         NameError: `axis_name` is not bound.
 
@@ -90,10 +95,10 @@ def normalize(
     Source:
         Ioffe & Szegedy 2015 (arXiv:1502.03167), Algorithm 1, for any axes.
     """
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     axes = ax.canonical_axes(axes, x.ndim, who, "axes")
     axis = ax.canonical_axes(axis, x.ndim, who)
-    where = checks.boolean_mask(where, x.shape, who)
+    where = checked_mask(where, x.shape, who)
     scale = feature_along(scale, x.shape, axis, who, "scale")
     bias = feature_along(bias, x.shape, axis, who, "bias")
     over = devices(axis_name, axis_index_groups, who)
@@ -141,9 +146,9 @@ def normalize_with_stats(
     who: str,
 ) -> jax.Array:
     """Standardizes by given statistics of each feature; the door of every inference function."""
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     axis = ax.canonical_axes(axis, x.ndim, who)
-    where = checks.boolean_mask(where, x.shape, who)
+    where = checked_mask(where, x.shape, who)
     stats = stats_along(stats, x.shape, axis, who)
     scale = feature_along(scale, x.shape, axis, who, "scale")
     bias = feature_along(bias, x.shape, axis, who, "bias")

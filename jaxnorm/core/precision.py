@@ -18,6 +18,12 @@ def promote(*dtypes: DTypeLike) -> Any:
         return jnp.result_type(*(jnp.dtype(dtype) for dtype in dtypes))
 
 
+def promote_inexact(*dtypes: DTypeLike) -> Any:
+    """The same as a floating point or complex dtype: float32 for integers alone."""
+    promoted = promote(*dtypes)
+    return promoted if jnp.issubdtype(promoted, jnp.inexact) else promote(promoted, jnp.float32)
+
+
 def accumulation_dtype(dtype: DTypeLike) -> Any:
     """The dtype in which values of `dtype` are summed: itself, or float32 if it is narrower."""
     return promote(dtype, jnp.float32)

@@ -17,7 +17,8 @@ from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import Devices
 from jaxnorm.core.kernels.use import Use
-from jaxnorm.core.moments import Moments, Stats, clean, moments_keeping_axes
+from jaxnorm.core.masks import clean
+from jaxnorm.core.moments import Moments, Stats, moments_keeping_axes
 
 
 class Plan(NamedTuple):
@@ -89,7 +90,7 @@ def standardize(
         y = (x - mean) / sqrt(var + epsilon)
 
     Args:
-        x: array of any shape; float, bfloat16, or complex.
+        x: array of any shape; float, bfloat16 or complex; integers become float32.
         stats: mean and variance, of the shape of `x` without `axes`; a mean of None is 0.
         axes: the axes of `x` along which the statistics are shared: those that were reduced.
         epsilon: added to the variance, inside the root.
@@ -98,7 +99,7 @@ def standardize(
         Array of the shape and dtype of `x`, complex if the mean is.
 
     Raises:
-        TypeError: `x` is neither floating point nor complex, or `stats` are no `Stats`.
+        TypeError: `x` holds no numbers, or floats of 8 bits, or `stats` are no `Stats`.
         ValueError: axes out of range or named twice, statistics of another shape.
 
     Numerics:
@@ -112,7 +113,7 @@ def standardize(
                [ 1.,  1.]], dtype=float32)
     """
     who = "standardize"
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     axes = ax.canonical_axes(axes, x.ndim, who, "axes")
     epsilon = checks.static_epsilon(epsilon, who)
     stats = stats_along(stats, x.shape, ax.other_axes(axes, x.ndim), who, "axes")
@@ -129,7 +130,7 @@ def affine(
     """Scales and shifts each feature: `x * scale + bias`.
 
     Args:
-        x: array of any shape; float, bfloat16, or complex.
+        x: array of any shape; float, bfloat16 or complex; integers become float32.
         scale: one factor per feature, or None for 1.
         bias: one summand per feature, or None for 0.
         axis: the feature axis or axes of `x`; the shape of `scale` and `bias` is that of `x` along
@@ -139,7 +140,7 @@ def affine(
         Array of the shape and dtype of `x`, complex if a parameter is.
 
     Raises:
-        TypeError: `x` is neither floating point nor complex.
+        TypeError: `x` holds no numbers, or floats of 8 bits.
         ValueError: axis out of range or named twice, parameters of another shape.
 
     Example:
@@ -148,7 +149,7 @@ def affine(
         [[2.0, 3.0]]
     """
     who = "affine"
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     axis = ax.canonical_axes(axis, x.ndim, who)
     scale = feature_along(scale, x.shape, axis, who, "scale")
     bias = feature_along(bias, x.shape, axis, who, "bias")

@@ -1,7 +1,7 @@
 """The tangent of one normalization: a linear map, which is differentiated again as it stands.
 
-With xhat = (x - mean) rstd, a = scale rstd, rstd = 1 / sqrt(var + epsilon) and averages over the
-valid elements,
+With xhat = (x - mean) rstd, a = scale rstd, rstd = 1 / sqrt(var + epsilon) and averages <> by the
+weights of the mask,
 
     dy = a dx + xhat (dscale - a <xhat dx>) + (dbias - a <dx>)
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnorm.core import precision
-from jaxnorm.core.moments import harmless
+from jaxnorm.core.masks import harmless, weighted
 from jaxnorm.core.pooling import Parts
 from jaxnorm.core.standardize import Plan
 
@@ -26,8 +26,8 @@ def tangent(plan: Plan, known, tangents):
     """The linear map from the tangents of (x, scale, bias) to those of (y, mean, var)."""
     x, scale, where, mean, rstd, share = known
     dx, dscale, dbias = tangents
-    computed = precision.accumulation_dtype(x.dtype)
-    xhat = _selected(x, harmless(x, where)).astype(computed)
+    computed, may = precision.accumulation_dtype(x.dtype), harmless(x, where)
+    xhat = _selected(x, may).astype(computed)
     xhat = (xhat if mean is None else xhat - mean) * rstd
 
     parameters = (p for p in (scale, dscale, dbias) if p is not None)
@@ -38,8 +38,8 @@ def tangent(plan: Plan, known, tangents):
     dvar = jnp.zeros_like(rstd)
     terms = []
     if dx is not None:
-        dx = _selected(dx, harmless(x, where)).astype(computed)
-        valid = _selected(dx, where)
+        dx = _selected(dx, may).astype(computed)
+        valid = weighted(dx, where)
         parts = Parts(x.shape, plan.axes, plan.over)
         factor = rstd.astype(wide) if scale is None else rstd.astype(wide) * scale.astype(wide)
         products = precision.real_product(xhat, valid)
@@ -61,8 +61,8 @@ def tangent(plan: Plan, known, tangents):
     return sum(terms[1:], terms[0]).astype(plan.dtype), dmean, dvar
 
 
-def _selected(value: jax.Array, where: jax.Array | None) -> jax.Array:
-    return value if where is None else jnp.where(where, value, jnp.zeros_like(value))
+def _selected(value: jax.Array, which: jax.Array | None) -> jax.Array:
+    return value if which is None else jnp.where(which, value, jnp.zeros_like(value))
 
 
 def _plus(value: jax.Array | None, term: jax.Array) -> jax.Array:

@@ -33,8 +33,9 @@ from jaxnorm.core.feature_groups import (
     placed_by_compiler,
     split,
 )
+from jaxnorm.core.masks import clean
 from jaxnorm.core.matrix_roots import inverse_square_root, newton_inverse_square_root
-from jaxnorm.core.moments import clean, shift_along
+from jaxnorm.core.moments import shift_along
 from jaxnorm.core.normalize import output_dtype
 from jaxnorm.core.standardize import apply_affine, feature_along, result_dtype
 

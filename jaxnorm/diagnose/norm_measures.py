@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnorm.core import axes as ax
-from jaxnorm.core import precision
+from jaxnorm.core import checks, precision
+from jaxnorm.core.masks import checked_mask, counting
 from jaxnorm.core.moments import moments
 from jaxnorm.methods import InstanceNorm
 from jaxnorm.methods.spec import Spec
@@ -101,7 +102,8 @@ def _measured(
         x = x + call.arguments["shortcut"]  # IBN-b normalizes the sum
     # Where no axis is mapped, as for singular values, it is taken as it is on one device.
     spec = dataclasses.replace(spec, unbound_axis="local")
-    where = _mask(call.arguments.get("mask"), x.ndim)
+    x = checks.input_array(x, who)
+    where = _mask(call, x.shape, who)
     values = _shaped(spec, call.values, x, who)
     mode = _mode(spec, call.arguments, by_batch, who)
     y = call.proceed(call.x)
@@ -121,12 +123,16 @@ def _measured(
     return Place(call.path, spec, x.shape, mode, pools), y, measured
 
 
-def _mask(mask: Any, ndim: int) -> jax.Array | None:
-    """A mask with as many axes as the input; Flax's layers take fewer."""
-    if mask is None:
-        return None
-    mask = jnp.asarray(mask) != 0
-    return mask.reshape((1,) * (ndim - mask.ndim) + mask.shape)
+def _mask(call: LayerCall, shape: tuple[int, ...], who: str) -> jax.Array | None:
+    """The mask, with as many axes as the input.
+
+    Flax's layers know no weights, and lay a mask along the last axes also where others fit.
+    """
+    mask = call.arguments.get("mask")
+    if mask is not None and not isinstance(call.layer, Spec):
+        mask = jnp.asarray(mask) != 0
+        mask = jnp.expand_dims(mask, tuple(range(len(shape) - mask.ndim)))
+    return checked_mask(mask, shape, who)
 
 
 def _shaped(
@@ -159,7 +165,7 @@ def _nonfinite(
 
     def count(leaf: jax.Array, where: jax.Array | None = None) -> jax.Array:
         bad = ~jnp.isfinite(leaf)
-        return (bad if where is None else bad & where).sum(dtype=jnp.int32)
+        return (bad if where is None else bad & counting(where)).sum(dtype=jnp.int32)
 
     return {
         "nonfinite": {
@@ -179,7 +185,7 @@ def _channels(
     channels = dict(x_mean=seen.mean, x_var=seen.var, y_mean=made.mean, y_var=made.var)
     if not jnp.iscomplexobj(y):
         lowest = jnp.asarray(-jnp.inf, y.dtype)
-        highest = (y if where is None else jnp.where(where, y, lowest)).max(others)
+        highest = (y if where is None else jnp.where(counting(where), y, lowest)).max(others)
         flat = jnp.abs(y) > jnp.asarray(FLAT_RANGE, y.dtype)
         channels |= dict(
             y_max=highest.astype(jnp.float32),

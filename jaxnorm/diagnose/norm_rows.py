@@ -221,7 +221,7 @@ def _count(calls: Sequence[Place], who: str) -> int | None:
         if mask is None:
             counts += [positions.shape[1] for positions in groups]
         else:
-            valid = np.broadcast_to(mask, call.shape).ravel()
+            valid = np.broadcast_to(mask != 0, call.shape).ravel()
             counts += [valid[positions[..., 0]].sum(1).min() for positions in groups]
     return int(min(counts))
 

@@ -4,19 +4,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm.core import checks
+
 
 def real_array(x: ArrayLike, who: str) -> jax.Array:
-    """`x` as a floating point array.
+    """`x` as a floating point array; integers and booleans become float32.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is no array, complex, or narrower than 16 bits.
     """
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise TypeError(
-            f"{who}: found {x.dtype}{list(x.shape)}, which is not floating point. Convert it: "
-            f"x.astype(jnp.float32)."
-        )
+    x = checks.input_array(x, who)
     if jnp.iscomplexobj(x):
         raise TypeError(
             f"{who}: found {x.dtype}{list(x.shape)}, which is not defined for complex numbers. "

@@ -39,7 +39,7 @@ class Map(NamedTuple):
         spec: the method with its options.
         values: its variables by name.
         x: the input.
-        mask: which elements count, or None.
+        mask: which elements count, or how much, or None.
         mode: what else its call says.
     """
 
@@ -181,7 +181,8 @@ def _removed(norm: Map, groups: Groups) -> Removed | None:
         pairs = features * (features + 1) // 2
         if part.size * (pairs + features) > BASIS:
             return None
-        weight = valid / np.maximum(valid.sum(1, keepdims=True), 1)
+        total = valid.sum(1, keepdims=True)
+        weight = valid / np.where(total > 0, total, 1)
         about_origin = isinstance(norm.spec, RMSNorm)
         centred = part - (0 if about_origin else (part * weight).sum(1, keepdims=True))
         white = _whitened(centred, weight)

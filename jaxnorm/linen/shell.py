@@ -41,7 +41,8 @@ class Shell(nn.Module):
         who = self._who
         self._check_options(who)
         initializing = self.is_initializing()
-        x = checks.inexact_array(x, who)
+        given = checks.any_array(x, who)
+        x = checks.input_array(given, who)
         axes = self._feature_axes(x.ndim, who)
         slots = self._slots(sizes(x.shape, axes), precision.is_complex(x.dtype), who)
         if not initializing and "updates" in slots:
@@ -57,7 +58,7 @@ class Shell(nn.Module):
         dtype = self.dtype
         if dtype is None:
             params = (values[name].dtype for name in ("scale", "bias") if name in values)
-            dtype = precision.promote(x.dtype, *params)
+            dtype = precision.promote_inexact(given.dtype, *params)
         y, changed = self._transform(values, x, mask, dtype, who, initializing=initializing, **mode)
         for name, value in changed.items():
             self.put_variable("batch_stats", name, value)
@@ -119,9 +120,9 @@ class StatelessShell(Shell):
         """Normalizes `x`.
 
         Args:
-            x: input of any shape; float, bfloat16, or complex.
-            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
-                Masked elements are normalized too, see `jaxnorm.normalize`.
+            x: input of any shape; float, bfloat16 or complex; integers become float32.
+            mask: which elements count, by booleans or weights, or None for all; of the shape of
+                `x`, or of size 1 along some axes. See `jaxnorm.normalize`.
 
         Returns:
             Array of the shape of `x`.
@@ -164,11 +165,11 @@ class RunningStatsShell(ModalShell):
         """Normalizes `x`.
 
         Args:
-            x: input of any shape; float, bfloat16, or complex.
+            x: input of any shape; float, bfloat16 or complex; integers become float32.
             use_running_average: True for inference, False for training; here or in the constructor,
                 not both.
-            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
-                Masked elements are normalized too, see `jaxnorm.normalize`.
+            mask: which elements count, by booleans or weights, or None for all; of the shape of
+                `x`, or of size 1 along some axes. See `jaxnorm.normalize`.
             update_stats: whether training moves the running statistics; None for the constructor's
                 choice. False needs no mutable collection.
 

@@ -48,7 +48,8 @@ def adabn(
     domain's statistics.
 
     Args:
-        x: array of any shape; float, bfloat16, or complex: data of one domain.
+        x: array of any shape; float, bfloat16 or complex; integers become float32: data of one
+            domain.
         stats: mean and variance of each feature, for each domain: running statistics, or exact ones
             of a data set, `merge(...).stats()`.
         domain: whose statistics are used.

@@ -50,13 +50,13 @@ def batch_norm(
 
     Args:
         x: array of any shape, `[batch, features]`, `[batch, height, width, features]`, ...; float,
-            bfloat16, or complex.
+            bfloat16 or complex; integers become float32.
         scale: one factor per feature (gamma), or None for 1.
         bias: one summand per feature (beta), or None for 0.
         axis: the feature axis or axes; mean and variance are taken over all others. `scale`, `bias`
             and the moments have the shape of `x` along them, in increasing order.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1; False does not
-            count. See `normalize` for what happens to masked elements.
+        where: which elements count, by booleans or weights, or None for all; of the shape of `x`,
+            or of size 1 along some axes. See `normalize`.
         epsilon: added to the variance, inside the root.
         shift: an estimate of the mean, a number or one for each feature: the running mean, if there
             is one. It decides what the moments cost, not what they are: see `normalize`.
@@ -72,8 +72,8 @@ def batch_norm(
         with `merge`.
 
     Raises:
-        TypeError: `x` is neither floating point nor complex, the mask is floating point, or `dtype`
-            cannot hold the result.
+        TypeError: `x` holds no numbers, or floats of 8 bits, the mask is complex, or `dtype` cannot
+            hold the result.
         ValueError: axis out of range or named twice; a mask or parameters that do not fit.
         NameError: `axis_name` is not bound.
 
@@ -92,7 +92,7 @@ def batch_norm(
     Source:
         Ioffe & Szegedy 2015 (arXiv:1502.03167), Algorithm 1.
     """
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     return normalize(
         x,
         scale,
@@ -124,12 +124,12 @@ def batch_norm_inference(
     """Normalizes each feature by given statistics (inference).
 
     Args:
-        x: array of any shape; float, bfloat16, or complex.
+        x: array of any shape; float, bfloat16 or complex; integers become float32.
         stats: mean and variance of each feature: running statistics, or exact ones of a data set,
             `merge(...).stats(ddof=1)`.
         scale, bias, axis, epsilon, dtype, who: as in `batch_norm`.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1. Where it is
-            False, NaN, infinities and huge numbers are taken for 0.
+        where: which elements count, by booleans or weights, or None for all; of the shape of `x`,
+            or of size 1 along some axes. See `normalize`.
 
     Returns:
         The result, of the shape of `x`.
@@ -221,9 +221,9 @@ class BatchNorm(Affine, RunningStats):
             initializing.
 
     Raises:
-        TypeError: integer input; a floating point mask; an epsilon that is no number; a result that
-            `dtype` cannot hold; complex input for real statistics; statistics stored in less than
-            float32; an `update_every` that is no integer.
+        TypeError: input of 8-bit floats; a complex mask; an epsilon that is no number; a result
+            that `dtype` cannot hold; complex input for real statistics; statistics stored in less
+            than float32; an `update_every` that is no integer.
         ValueError: contradicting options, missing `use_running_average`, an input or a mask of the
             wrong shape, axes out of range or named twice.
         NameError: `axis_name` is not bound.
@@ -235,10 +235,11 @@ class BatchNorm(Affine, RunningStats):
         From Flax: the variance keeps its digits at large means; devices and masks are weighted by
         counts; NaN under the mask does no harm; float64 and complex input do not change the dtype
         of the statistics; the gradient by running statistics is 0, also in inference (differentiate
-        `batch_norm_inference` for it). Refused where Flax guesses: integer input, masks that are
-        floating point or lack axes, an axis named twice, a momentum outside 0 to 1, an epsilon that
-        is traced. Training on one value per feature warns. From the paper: the running variance is
-        biased by default, as in Flax.
+        `batch_norm_inference` for it). A mask of numbers between 0 and 1 holds weights, where Flax
+        knows counted and not counted. Refused where Flax guesses: masks whose axes fit in several
+        ways, an axis named twice, a momentum outside 0 to 1, an epsilon that is traced. Training on
+        one value per feature warns. From the paper: the running variance is biased by default, as
+        in Flax.
     """
 
     use_running_average: bool | None = None

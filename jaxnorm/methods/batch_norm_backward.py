@@ -4,8 +4,9 @@ The library itself does not call these functions: its gradient comes from the de
 `core/fused.py`. Here is the same mathematics in the paper's own steps, so that the two can be
 compared, and so that a chain rule can be followed by someone who learns it.
 
-Write m for the number of valid values per feature, w_i for 1 where x_i is valid and 0 elsewhere,
-and l for the loss. The mean is mu = sum w_i x_i / m, the variance v = sum w_i (x_i - mu)^2 / m.
+Write w_i for the weight of x_i, 1 where it is valid and 0 elsewhere unless the mask says more,
+m = sum w_i for how many values of a feature there are, and l for the loss. The mean is
+mu = sum w_i x_i / m, the variance v = sum w_i (x_i - mu)^2 / m.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
-from jaxnorm.core.moments import clean
+from jaxnorm.core.masks import checked_mask, clean
 from jaxnorm.core.standardize import feature_along
 
 
@@ -74,15 +75,15 @@ def batch_norm_backward_steps(
         x: the input of the batch normalization; real, any shape.
         scale: one factor per feature, or None for 1.
         axis: the feature axis or axes of `x`.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1; masked elements
-            do not count for mean and variance, but are normalized by them.
+        where: which elements count, by booleans or weights, or None for all; of the shape of `x`,
+            or of size 1 along some axes. See `normalize`.
         epsilon: added to the variance, inside the root.
 
     Returns:
         `BackwardSteps`, in float32 or wider.
 
     Raises:
-        TypeError: `x` or `dy` is not floating point.
+        TypeError: `x` or `dy` is complex, or holds floats of 8 bits.
         ValueError: `dy`, `scale` or the mask does not fit `x`; an axis out of range or named twice.
 
     Example:
@@ -149,14 +150,15 @@ def batch_norm_backward(
         x: the input of the batch normalization; real, any shape.
         scale: one factor per feature, or None for 1.
         axis: the feature axis or axes of `x`.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1.
+        where: which elements count, by booleans or weights, or None for all; of the shape of `x`,
+            or of size 1 along some axes. See `normalize`.
         epsilon: added to the variance, inside the root.
 
     Returns:
         `dx` of the shape of `x`, `dscale` and `dbias` per feature, in float32 or wider.
 
     Raises:
-        TypeError: `x` or `dy` is not floating point.
+        TypeError: `x` or `dy` is complex, or holds floats of 8 bits.
         ValueError: `dy`, `scale` or the mask does not fit `x`; an axis out of range or named twice.
 
     Example:
@@ -188,7 +190,7 @@ def _statistics(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """m, mean and variance; without valid values 1, 0 and 1, since nothing then depends on x."""
     count = valid.sum(over, keepdims=True)
-    m = jnp.maximum(count, 1)
+    m = jnp.where(count > 0, count, 1)
     mean = (valid * x).sum(over, keepdims=True) / m
     var = (valid * (x - mean) ** 2).sum(over, keepdims=True) / m
     return m, mean, jnp.where(count > 0, var, 1)
@@ -202,8 +204,8 @@ def _checked(
     where: ArrayLike | None,
     who: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[int, ...], jax.Array]:
-    """Arrays of one dtype and rank: dy, clean x, scale, canonical axis, validity as 0 or 1."""
-    x, dy = checks.inexact_array(x, who), checks.inexact_array(dy, who)
+    """Arrays of one dtype and rank: dy, clean x, scale, canonical axis, weights."""
+    x, dy = checks.input_array(x, who), checks.input_array(dy, who)
     if precision.is_complex(x.dtype) or precision.is_complex(dy.dtype):
         raise TypeError(
             f"{who}: the paper's equations are for real numbers, found x {x.dtype} and dy "
@@ -215,7 +217,7 @@ def _checked(
             f"input. Pass the gradient of the loss by the output of batch_norm(x)."
         )
     axis = ax.canonical_axes(axis, x.ndim, who)
-    mask = checks.boolean_mask(where, x.shape, who)
+    mask = checked_mask(where, x.shape, who)
     dtype = precision.promote(x.dtype, dy.dtype, jnp.float32)
     scale = jnp.ones(ax.sizes(x.shape, axis), dtype) if scale is None else jnp.asarray(scale)
     scale = feature_along(scale.astype(dtype), x.shape, axis, who, "scale")

@@ -27,6 +27,7 @@ from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, devices
 from jaxnorm.core.fused import evidence_by_plan
+from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.moments import Moments, Stats, shift_along
 from jaxnorm.core.normalize import normalize
 from jaxnorm.core.running import all_finite, update_running
@@ -64,7 +65,8 @@ def batch_renorm(
     `batch_norm_inference`, by the running statistics.
 
     Args:
-        x: array of any shape; float, bfloat16, or complex, for which the magnitude of d is limited.
+        x: array of any shape; float, bfloat16 or complex; integers become float32, for which the
+            magnitude of d is limited.
         running: the running statistics before this batch, one entry per feature, as
             `update_renorm` moves them; a mean of None is 0. No derivative passes through them.
         scale: one factor per feature (gamma), or None for 1.
@@ -100,9 +102,9 @@ def batch_renorm(
     Source:
         Ioffe 2017 (arXiv:1702.03275), Algorithm 1.
     """
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     axis = ax.canonical_axes(axis, x.ndim, who)
-    where = checks.boolean_mask(where, x.shape, who)
+    where = checked_mask(where, x.shape, who)
     scale = checks.feature_array(scale, x.shape, axis, who, "scale")
     bias = checks.feature_array(bias, x.shape, axis, who, "bias")
     stats_along(running, x.shape, axis, who)  # for what it refuses

@@ -51,15 +51,14 @@ def decorrelated_batch_norm(
 
     Args:
         x: array of any shape, `[batch, features]`, `[batch, height, width, features]`, ...; float
-            or bfloat16.
+            or bfloat16; integers become float32.
         scale: one factor per feature (gamma), or None for 1.
         bias: one summand per feature (beta), or None for 0.
         axis: the feature axis; mean and covariance are taken over all others.
         num_groups: number of groups of neighbouring features.
         group_size: features in a group; give either this or `num_groups`, and None for the other.
-        where: boolean mask with as many axes as `x`, of size 1 along `axis` and of the size of `x`
-            or 1 along the others; False does not count. See `normalize` for what happens to masked
-            elements.
+        where: which examples count, by booleans or weights, or None for all; of the shape of `x`,
+            but of size 1 along `axis`. See `normalize`.
         epsilon: added to the diagonal of the covariance.
         shift: an estimate of the mean, a number or one for each feature, as in `batch_norm`.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
@@ -74,8 +73,8 @@ def decorrelated_batch_norm(
         `merge_comoments`. Where nothing is valid, the mean is taken for 0 and the covariance for I.
 
     Raises:
-        TypeError: `x` is no real floating point array, the mask is floating point, or `dtype`
-            cannot hold the result.
+        TypeError: `x` is complex, holds no numbers, or floats of 8 bits, the mask is complex, or
+            `dtype` cannot hold the result.
         ValueError: axis out of range; groups that do not divide the features; a mask that does not
             fit or differs between features; parameters that do not fit.
         NameError: `axis_name` is not bound.
@@ -132,12 +131,12 @@ def decorrelated_batch_norm_inference(
     """Whitens each group of features by given statistics (inference).
 
     Args:
-        x: array of any shape; float or bfloat16.
+        x: array of any shape; float or bfloat16; integers become float32.
         stats: mean and covariance of each group, which also says how features are grouped: running
             statistics, or exact ones of a data set, `merge_comoments(...).stats(ddof=1)`.
         scale, bias, axis, epsilon, dtype, who: as in `decorrelated_batch_norm`.
-        where: boolean mask with as many axes as `x`, of size 1 along `axis`. Where it is False,
-            NaN, infinities and huge numbers are taken for 0.
+        where: which examples count, by booleans or weights, or None for all; of the shape of `x`,
+            but of size 1 along `axis`. See `normalize`.
 
     Returns:
         The result, of the shape of `x`.
@@ -223,8 +222,8 @@ class DecorrelatedBatchNorm(RunningCovariance):
             initializing.
 
     Raises:
-        TypeError: complex or integer input; a floating point mask; an epsilon that is no number; a
-            result that `dtype` cannot hold; statistics stored in less than float32.
+        TypeError: complex input, or floats of 8 bits; a complex mask; an epsilon that is no number;
+            a result that `dtype` cannot hold; statistics stored in less than float32.
         ValueError: contradicting options, groups that do not divide the features, missing
             `use_running_average`, an input or a mask of the wrong shape, several feature axes.
         NameError: `axis_name` is not bound.

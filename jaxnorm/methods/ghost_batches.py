@@ -25,6 +25,7 @@ from jaxnorm.core import axes as ax
 from jaxnorm.core import checks
 from jaxnorm.core.covariance import Comoments, pool_comoments
 from jaxnorm.core.devices import AxisName, axis_names, devices
+from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.moments import Moments, pool
 
 Evidence = TypeVar("Evidence", Moments, Comoments)
@@ -85,8 +86,8 @@ def ghost_batches(norm: Norm[Evidence], size: int) -> Norm[Evidence]:
         who: str = getattr(norm, "__name__", "ghost_batches"),
         **options: Any,
     ) -> tuple[jax.Array, Evidence]:
-        x = checks.inexact_array(x, who)
-        where = checks.boolean_mask(where, x.shape, who)
+        x = checks.input_array(x, who)
+        where = checked_mask(where, x.shape, who)
         check_groups(size, axis_index_groups, who)
         features = _feature_axes(axis, x, who)
         over = devices(axis_name, None, who)

@@ -21,6 +21,7 @@ from jaxnorm.core import axes as ax
 from jaxnorm.core import checks
 from jaxnorm.core.devices import AxisName
 from jaxnorm.core.feature_groups import group_shape, placed_by_compiler
+from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.normalize import normalize
 from jaxnorm.methods.affine import Affine
 from jaxnorm.methods.spec import Initializer, Slot, Values
@@ -47,8 +48,8 @@ def group_norm(
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
     Args:
-        x: array of any shape, such as `[batch, height, width, features]`; float, bfloat16, or
-            complex.
+        x: array of any shape, such as `[batch, height, width, features]`; float, bfloat16 or
+            complex; integers become float32.
         scale: one factor per feature, or None for 1.
         bias: one summand per feature, or None for 0.
         num_groups: number of groups of neighbouring features.
@@ -56,8 +57,8 @@ def group_norm(
         axes: the axes along which mean and variance are taken; `axis` must be among them, and
             counts for the features of one group. None for all but the first, the batch.
         axis: the feature axis.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1; False does not
-            count. See `normalize` for what happens to masked elements.
+        where: which elements count, by booleans or weights, or None for all; of the shape of `x`,
+            or of size 1 along some axes. See `normalize`.
         epsilon: added to the variance, inside the root.
         axis_name: name or names of mapped axes over which the examples extend.
         axis_index_groups: groups of indices along `axis_name`; each holds examples of its own.
@@ -68,8 +69,8 @@ def group_norm(
         Array of the shape of `x`.
 
     Raises:
-        TypeError: `x` is neither floating point nor complex, the mask is floating point, or `dtype`
-            cannot hold the result.
+        TypeError: `x` holds no numbers, or floats of 8 bits, the mask is complex, or `dtype` cannot
+            hold the result.
         ValueError: groups that do not divide the features; axes out of range, named twice, or
             without the feature axis; a mask or parameters that do not fit.
         NameError: `axis_name` is not bound.
@@ -88,11 +89,11 @@ def group_norm(
     Source:
         Wu & He 2018 (arXiv:1803.08494), equation 7.
     """
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     (axis,) = ax.canonical_axes(axis, x.ndim, who)
     axes = reduced_axes(axes, axis, x.ndim, who, "axes")
     groups = group_shape(x.shape[axis], num_groups, group_size, who)
-    where = checks.boolean_mask(where, x.shape, who)
+    where = checked_mask(where, x.shape, who)
     scale = checks.feature_array(scale, x.shape, (axis,), who, "scale")
     bias = checks.feature_array(bias, x.shape, (axis,), who, "bias")
 
@@ -173,8 +174,8 @@ class GroupNorm(Affine):
         zero_centered_scale: store the scale minus 1; `scale_init` is then zeros.
 
     Raises:
-        TypeError: integer input; a floating point mask; an epsilon that is no number; a result that
-            `dtype` cannot hold.
+        TypeError: input of 8-bit floats; a complex mask; an epsilon that is no number; a result
+            that `dtype` cannot hold.
         ValueError: groups that do not divide the features, axes without the feature axis, an input
             or a mask of the wrong shape, axes out of range or named twice.
         NameError: `axis_name` is not bound.

@@ -23,6 +23,7 @@ from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName
 from jaxnorm.core.feature_groups import feature_axis, placed_by_compiler
+from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.moments import Moments, Stats
 from jaxnorm.methods.affine import Affine
 from jaxnorm.methods.batch_norm import BatchNorm, batch_norm, batch_norm_inference
@@ -51,14 +52,15 @@ def ibn_a(
         y = concatenate(instance_norm(x[first features]), batch_norm(x[other features]))
 
     Args:
-        x: array such as `[batch, height, width, features]`; float, bfloat16, or complex.
+        x: array such as `[batch, height, width, features]`; float, bfloat16 or complex; integers
+            become float32.
         scale: one factor per feature, of both parts, or None for 1.
         bias: one summand per feature, of both parts, or None for 0.
         ratio: of the features, round(ratio * features) are normalized by instance.
         axis: the feature axis, one.
         batch_axis: the axis or axes of examples; all others are space.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1; False does not
-            count. See `normalize` for what happens to masked elements.
+        where: which elements count, by booleans or weights, or None for all; of the shape of `x`,
+            or of size 1 along some axes. See `normalize`.
         epsilon: added to the variances, inside the root.
         shift: an estimate of the means of the other features, as in `batch_norm`.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
@@ -72,8 +74,8 @@ def ibn_a(
         `update_running`.
 
     Raises:
-        TypeError: `x` is neither floating point nor complex, the mask is floating point, or `dtype`
-            cannot hold the result.
+        TypeError: `x` holds no numbers, or floats of 8 bits, the mask is complex, or `dtype` cannot
+            hold the result.
         ValueError: several feature axes, a ratio that leaves a part without features, axes out of
             range or used twice, a mask or parameters that do not fit.
         NameError: `axis_name` is not bound.
@@ -121,7 +123,8 @@ def ibn_a_inference(
     """Instance norm for the first features, given statistics for the others (inference).
 
     Args:
-        x: array such as `[batch, height, width, features]`; float, bfloat16, or complex.
+        x: array such as `[batch, height, width, features]`; float, bfloat16 or complex; integers
+            become float32.
         stats: mean and variance of each of the other features: running statistics.
         scale, bias, ratio, axis, batch_axis, where, epsilon, dtype, who: as in `ibn_a`.
 
@@ -167,13 +170,13 @@ def _checked(
     who: str,
 ) -> tuple[tuple[jax.Array, *tuple[jax.Array | None, ...]], int, int]:
     """The four arrays, the feature axis, and how many features are normalized by instance."""
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     along = feature_axis(axis, x.ndim, who)
     arrays = (
         x,
         checks.feature_array(scale, x.shape, (along,), who, "scale"),
         checks.feature_array(bias, x.shape, (along,), who, "bias"),
-        checks.boolean_mask(where, x.shape, who),
+        checked_mask(where, x.shape, who),
     )
     return arrays, along, instance_features(x.shape[along], ratio, who)
 
@@ -231,8 +234,8 @@ def ibn_b(
         y = instance_norm(x + shortcut)
 
     Args:
-        x: array such as `[batch, height, width, features]`; float, bfloat16, or complex: the
-            residual branch.
+        x: array such as `[batch, height, width, features]`; float, bfloat16 or complex; integers
+            become float32: the residual branch.
         shortcut: array of the shape of `x`, what the branch is added to; None for nothing, as in
             the stem.
         scale, bias, axis, batch_axis, where, epsilon, axis_name, axis_index_groups, dtype, who: as
@@ -242,8 +245,7 @@ def ibn_b(
         The result, of the shape of `x`, and the `Moments` of each example and feature of the sum.
 
     Raises:
-        TypeError, ValueError, NameError: as `instance_norm`; also for a shortcut that is not
-            floating point, or of another shape.
+        TypeError, ValueError, NameError: as `instance_norm`; also for a shortcut of another shape.
 
     Numerics:
         The sum is taken in the wider dtype of the two, as without a norm; the rest as
@@ -274,21 +276,22 @@ def ibn_b(
 
 
 def residual_sum(x: ArrayLike, shortcut: ArrayLike | None, who: str) -> jax.Array:
-    """`x + shortcut`, in the wider dtype of the two.
+    """`x + shortcut`, in the wider dtype of the two; float32 of two integers.
 
     Raises:
         ValueError: they differ in shape, and one would be spread.
     """
-    x = checks.inexact_array(x, who)
+    x = checks.any_array(x, who)
     if shortcut is None:
-        return x
-    shortcut = checks.inexact_array(shortcut, who)
+        return checks.input_array(x, who)
+    shortcut = checks.any_array(shortcut, who, "the shortcut")
     if shortcut.shape != x.shape:
         raise ValueError(
             f"{who}: a shortcut of shape {shortcut.shape} cannot be added to a residual branch of "
             f"shape {x.shape}. Bring it to that shape, for example by a 1 x 1 convolution."
         )
-    dtype = precision.promote(x.dtype, shortcut.dtype)
+    dtype = precision.promote_inexact(x.dtype, shortcut.dtype)
+    x, shortcut = checks.input_array(x, who), checks.input_array(shortcut, who)
     return x.astype(dtype) + shortcut.astype(dtype)
 
 

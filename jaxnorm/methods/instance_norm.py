@@ -45,14 +45,15 @@ def instance_norm(
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
     Args:
-        x: array such as `[batch, height, width, features]`; float, bfloat16, or complex.
+        x: array such as `[batch, height, width, features]`; float, bfloat16 or complex; integers
+            become float32.
         scale: one factor per feature, or None for 1.
         bias: one summand per feature, or None for 0.
         axis: the feature axis or axes: `scale` and `bias` have the shape of `x` along them, in
             increasing order.
         batch_axis: the axis or axes of examples. Mean and variance are taken over all others.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1; False does not
-            count. See `normalize` for what happens to masked elements.
+        where: which elements count, by booleans or weights, or None for all; of the shape of `x`,
+            or of size 1 along some axes. See `normalize`.
         epsilon: added to the variance, inside the root.
         axis_name: name or names of mapped axes over which the examples extend.
         axis_index_groups: groups of indices along `axis_name`; each holds examples of its own.
@@ -64,8 +65,8 @@ def instance_norm(
         of `x` along these axes.
 
     Raises:
-        TypeError: `x` is neither floating point nor complex, the mask is floating point, or `dtype`
-            cannot hold the result.
+        TypeError: `x` holds no numbers, or floats of 8 bits, the mask is complex, or `dtype` cannot
+            hold the result.
         ValueError: axes out of range or named twice, an axis that is both of features and of
             examples, a mask or parameters that do not fit.
         NameError: `axis_name` is not bound.
@@ -84,7 +85,7 @@ def instance_norm(
     Source:
         Ulyanov, Vedaldi & Lempitsky 2016 (arXiv:1607.08022), section 2.
     """
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     features = ax.canonical_axes(axis, x.ndim, who)
     batch = ax.canonical_axes(batch_axis, x.ndim, who, "batch_axis")
     both = sorted({*features} & {*batch})
@@ -147,8 +148,8 @@ class InstanceNorm(Affine, RunningStats):
         ghost_batch_size: refused, since no examples are normalized together.
 
     Raises:
-        TypeError: integer input; a floating point mask; an epsilon that is no number; a result that
-            `dtype` cannot hold.
+        TypeError: input of 8-bit floats; a complex mask; an epsilon that is no number; a result
+            that `dtype` cannot hold.
         ValueError: the first axis as feature axis, missing `use_running_average` with running
             statistics, contradicting options, an input or a mask of the wrong shape, axes out of
             range or named twice.

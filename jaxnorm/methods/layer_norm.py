@@ -44,15 +44,16 @@ def layer_norm(
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
     Args:
-        x: array of any shape, such as `[batch, time, features]`; float, bfloat16, or complex.
+        x: array of any shape, such as `[batch, time, features]`; float, bfloat16 or complex;
+            integers become float32.
         scale: one factor per feature, or None for 1.
         bias: one summand per feature, or None for 0.
         axes: the axes along which mean and variance are taken.
         axis: the feature axis or axes: `scale` and `bias` have the shape of `x` along them, in
             increasing order.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1; False does not
-            count. See `normalize` for what happens to masked elements; an example without valid
-            elements becomes `x / sqrt(1 + epsilon) * scale + bias`.
+        where: which elements count, by booleans or weights, or None for all; of the shape of `x`,
+            or of size 1 along some axes. See `normalize`. An example without valid elements becomes
+            `x / sqrt(1 + epsilon) * scale + bias`.
         epsilon: added to the variance, inside the root.
         axis_name: name or names of mapped axes over which the features of an example extend.
         axis_index_groups: groups of indices along `axis_name`; each holds examples of its own.
@@ -63,8 +64,8 @@ def layer_norm(
         Array of the shape of `x`.
 
     Raises:
-        TypeError: `x` is neither floating point nor complex, the mask is floating point, or `dtype`
-            cannot hold the result.
+        TypeError: `x` holds no numbers, or floats of 8 bits, the mask is complex, or `dtype` cannot
+            hold the result.
         ValueError: axes out of range or named twice; a mask or parameters that do not fit.
         NameError: `axis_name` is not bound.
 
@@ -125,8 +126,8 @@ class LayerNorm(Affine):
         zero_centered_scale: store the scale minus 1; `scale_init` is then zeros.
 
     Raises:
-        TypeError: integer input; a floating point mask; an epsilon that is no number; a result that
-            `dtype` cannot hold.
+        TypeError: input of 8-bit floats; a complex mask; an epsilon that is no number; a result
+            that `dtype` cannot hold.
         ValueError: an input or a mask of the wrong shape, axes out of range or named twice.
         NameError: `axis_name` is not bound.
 
@@ -137,8 +138,9 @@ class LayerNorm(Affine):
         From Flax: the variance keeps its digits at large means; devices and masks are weighted by
         counts; an example that is masked out as a whole has a finite result and gradient; no
         collective while initializing; in NNX several feature axes, and bfloat16 results that do not
-        round the input first. Refused where Flax guesses: integer input, masks that are floating
-        point or lack axes, an axis named twice.
+        round the input first. A mask of numbers between 0 and 1 holds weights, where Flax knows
+        counted and not counted. Refused where Flax guesses: masks whose axes fit in several ways,
+        an axis named twice.
     """
 
     _axis_option = "feature_axes"

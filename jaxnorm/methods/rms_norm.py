@@ -41,7 +41,8 @@ def rms_norm(
         y = x / sqrt(mean |x|^2 + epsilon) * scale
 
     Args:
-        x: array of any shape, such as `[batch, time, features]`; float, bfloat16, or complex.
+        x: array of any shape, such as `[batch, time, features]`; float, bfloat16 or complex;
+            integers become float32.
         scale: one factor per feature, or None for 1; a zero-centred one is passed as `1 + scale`.
         axes: the axes along which the mean square is taken.
         axis, where, epsilon, axis_name, axis_index_groups, dtype, who: as in `layer_norm`.

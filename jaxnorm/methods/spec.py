@@ -75,7 +75,7 @@ class Spec:
         Args:
             values: the variables of `_slots`, by name.
             x: the input.
-            mask: which elements count, or None.
+            mask: which elements count, or how much; None for all.
             dtype: dtype of the result.
             who: the layer's name for errors.
             initializing: whether the variables were only now created. Statistics do not move then,

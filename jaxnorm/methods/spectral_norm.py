@@ -136,7 +136,7 @@ def spectral_norm_inference(
 
 
 def _real_matrix(w: ArrayLike, who: str) -> jax.Array:
-    w = checks.inexact_array(w, who)
+    w = checks.input_array(w, who)
     if precision.is_complex(w.dtype):
         raise TypeError(
             f"{who}: the weight is {w.dtype}{list(w.shape)}, but power iteration is made for real "

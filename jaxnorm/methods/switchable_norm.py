@@ -57,7 +57,8 @@ def switchable_norm(
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
     Args:
-        x: array such as `[batch, height, width, features]`; float, bfloat16, or complex.
+        x: array such as `[batch, height, width, features]`; float, bfloat16 or complex; integers
+            become float32.
         mean_weight: shape (3,): the logits of instance, layer and batch mean, in this order.
         var_weight: shape (3,): those of the variances.
         scale: one factor per feature, or None for 1.
@@ -65,8 +66,8 @@ def switchable_norm(
         axis: the feature axis or axes: `scale` and `bias` have the shape of `x` along them, in
             increasing order.
         batch_axis: the axis or axes of examples; all others are space.
-        where: boolean mask with as many axes as `x`, each of the size of `x` or 1; False does not
-            count. See `normalize` for what happens to masked elements.
+        where: which elements count, by booleans or weights, or None for all; of the shape of `x`,
+            or of size 1 along some axes. See `normalize`.
         epsilon: added to the variance, inside the root.
         shift: an estimate of the batch's mean, as in `batch_norm`.
         axis_name: name or names of mapped axes (`jax.pmap`, `jax.shard_map`, `jax.vmap`) over which
@@ -80,8 +81,8 @@ def switchable_norm(
         `update_running`.
 
     Raises:
-        TypeError: `x` is neither floating point nor complex, the mask is floating point, or `dtype`
-            cannot hold the result.
+        TypeError: `x` holds no numbers, or floats of 8 bits, the mask is complex, or `dtype` cannot
+            hold the result.
         ValueError: axes out of range, named twice, or of features and examples both; weights,
             parameters or a mask that do not fit.
         NameError: `axis_name` is not bound.
@@ -129,7 +130,8 @@ def switchable_norm_inference(
     The formula is that of `switchable_norm`, with given statistics in the place of the batch's.
 
     Args:
-        x: array such as `[batch, height, width, features]`; float, bfloat16, or complex.
+        x: array such as `[batch, height, width, features]`; float, bfloat16 or complex; integers
+            become float32.
         stats: mean and variance of each feature: running statistics.
         mean_weight, var_weight, scale, bias, axis, batch_axis, where, epsilon, dtype, who: as in
             `switchable_norm`.
@@ -178,7 +180,7 @@ def _normalized(
     **options: Any,
 ) -> tuple[jax.Array, Moments]:
     """The result, by given statistics or the batch's, and the evidence of the batch."""
-    x = checks.inexact_array(x, who)
+    x = checks.input_array(x, who)
     features = ax.canonical_axes(axis, x.ndim, who)
     examples = ax.canonical_axes(batch_axis, x.ndim, who, "batch_axis")
     mean_weight = _logits(mean_weight, who, "mean_weight")

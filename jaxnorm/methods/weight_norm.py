@@ -55,7 +55,7 @@ def weight_norm(
         The weight, of the shape of `v`.
 
     Raises:
-        TypeError: `v` is neither floating point nor complex, or `dtype` cannot hold the result.
+        TypeError: `v` holds no numbers, or floats of 8 bits, or `dtype` cannot hold the result.
         ValueError: axis out of range or named twice; a scale that does not fit.
 
     Numerics:
@@ -71,7 +71,7 @@ def weight_norm(
     Source:
         Salimans & Kingma 2016 (arXiv:1602.07868), equation 2.
     """
-    v = checks.inexact_array(v, who)
+    v = checks.input_array(v, who)
     axis = output_axes(axis, v.ndim, who)
     # Standardization about the origin, with the sum of squares in place of their mean.
     stats = Stats(None, _square_norm(v, axis))
@@ -109,8 +109,8 @@ class WeightNorm(WeightSpec):
             metadata from `scale_init`.
 
     Raises:
-        TypeError: a weight that is neither floating point nor complex; a `dtype` that cannot hold
-            the result; a Linen `variable_filter` that is a string.
+        TypeError: a weight of 8-bit floats; a `dtype` that cannot hold the result; a Linen
+            `variable_filter` that is a string.
         ValueError: no weight that `variable_filter` selects; axes out of range or named twice;
             `keep_init` without a scale.
 

@@ -83,7 +83,7 @@ def weight_standardization(
         The weight, of the shape of `w`.
 
     Raises:
-        TypeError: `w` is neither floating point nor complex, or `dtype` cannot hold the result.
+        TypeError: `w` holds no numbers, or floats of 8 bits, or `dtype` cannot hold the result.
         ValueError: axis out of range or named twice; fewer than two weights per output.
 
     Numerics:
@@ -136,7 +136,7 @@ def scaled_weight_standardization(
         The weight, of the shape of `w`.
 
     Raises:
-        TypeError: `w` is neither floating point nor complex, or `dtype` cannot hold the result.
+        TypeError: `w` holds no numbers, or floats of 8 bits, or `dtype` cannot hold the result.
         ValueError: axis out of range or named twice; fewer than two weights per output; a gain that
             does not fit.
 
@@ -173,7 +173,7 @@ def _weight_and_axes(
     w: ArrayLike, axis: int | Sequence[int] | None, who: str
 ) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
     """The weight, the axes of its outputs, and all others."""
-    w = checks.inexact_array(w, who)
+    w = checks.input_array(w, who)
     axis = output_axes(axis, w.ndim, who)
     inputs = ax.other_axes(axis, w.ndim)
     if ax.extent(w.shape, inputs) < 2:
@@ -211,8 +211,8 @@ class WeightStandardization(WeightSpec):
             `{"kernel"}`; None for all. NNX: a filter of Flax, such as `nnx.PathContains("kernel")`.
 
     Raises:
-        TypeError: a weight that is neither floating point nor complex; a `dtype` that cannot hold
-            the result; a Linen `variable_filter` that is a string.
+        TypeError: a weight of 8-bit floats; a `dtype` that cannot hold the result; a Linen
+            `variable_filter` that is a string.
         ValueError: no weight that `variable_filter` selects; axes out of range or named twice;
             fewer than two weights per output.
 
@@ -251,8 +251,8 @@ class ScaledWeightStandardization(WeightSpec):
             `{"kernel"}`; None for all. NNX: a filter of Flax, such as `nnx.PathContains("kernel")`.
 
     Raises:
-        TypeError: a weight that is neither floating point nor complex; a `dtype` that cannot hold
-            the result; a gain that is no number; a Linen `variable_filter` that is a string.
+        TypeError: a weight of 8-bit floats; a `dtype` that cannot hold the result; a gain that is
+            no number; a Linen `variable_filter` that is a string.
         ValueError: no weight that `variable_filter` selects; axes out of range or named twice;
             fewer than two weights per output.
 

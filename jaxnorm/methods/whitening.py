@@ -106,7 +106,7 @@ def whiten(
         y = W (x - mean)
 
     Args:
-        x: array of any shape; float or bfloat16.
+        x: array of any shape; float or bfloat16; integers become float32.
         stats: `JointStats` of the features, in one group or several: of a data set,
             `comoments(x).stats()` or `merge_comoments(...).stats()`.
         kind: `"zca"` or `"pca"`, see `whitening_matrix`.
@@ -118,7 +118,8 @@ def whiten(
         components, by decreasing variance.
 
     Raises:
-        TypeError: `x` is no real floating point array, or `stats` are no `JointStats`.
+        TypeError: `x` is complex, holds no numbers, or floats of 8 bits, or `stats` are no
+            `JointStats`.
         ValueError: an unknown kind, an axis out of range, statistics that do not fit.
 
     Numerics:
@@ -154,7 +155,7 @@ def color(
         x = W^(-1) y + mean
 
     Args:
-        y: array of any shape; float or bfloat16.
+        y: array of any shape; float or bfloat16; integers become float32.
         stats, kind, axis, epsilon: as in `whiten`.
 
     Returns:

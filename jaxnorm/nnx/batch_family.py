@@ -78,12 +78,12 @@ class AdaBN(methods.AdaBN, RunningStatsShell):
         """Normalizes `x`, data of one domain, and in training moves this domain's statistics.
 
         Args:
-            x: input of any shape; float, bfloat16, or complex.
+            x: input of any shape; float, bfloat16 or complex; integers become float32.
             use_running_average: True for inference, False for training; None for the layer's
                 choice, which `train()`, `eval()` and `nnx.view` set.
             domain: whose statistics are used and moved; None for the first.
-            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
-                Masked elements are normalized too, see `jaxnorm.normalize`.
+            mask: which elements count, by booleans or weights, or None for all; of the shape of
+                `x`, or of size 1 along some axes. See `jaxnorm.normalize`.
             update_stats: whether training moves the running statistics; None for the layer's
                 choice.
 
@@ -188,10 +188,11 @@ class IBNb(methods.IBNb, StatelessShell):
         """Normalizes `x + shortcut`.
 
         Args:
-            x: input such as `[batch, height, width, features]`; float, bfloat16, or complex.
+            x: input such as `[batch, height, width, features]`; float, bfloat16 or complex;
+                integers become float32.
             shortcut: array of the shape of `x`, or None for nothing.
-            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
-                Masked elements are normalized too, see `jaxnorm.normalize`.
+            mask: which elements count, by booleans or weights, or None for all; of the shape of
+                `x`, or of size 1 along some axes. See `jaxnorm.normalize`.
 
         Returns:
             Array of the shape of `x`.

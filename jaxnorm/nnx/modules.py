@@ -128,8 +128,10 @@ class InstanceNorm(methods.InstanceNorm, ModalShell):
         """Normalizes `x`, and with running statistics moves them in training.
 
         Args:
-            x: input whose first axis is that of examples; float, bfloat16, or complex.
-            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
+            x: input whose first axis is that of examples; float, bfloat16 or complex; integers
+                become float32.
+            mask: which elements count, by booleans or weights, or None for all; of the shape of
+                `x`, or of size 1 along some axes. See `jaxnorm.normalize`.
             use_running_average, update_stats: as in `BatchNorm`; only with running statistics.
 
         Returns:

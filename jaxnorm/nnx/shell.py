@@ -135,8 +135,8 @@ class Shell(nnx.Module):
 
     def _normalize(self: Any, x: ArrayLike, mask: ArrayLike | None, **mode: Any) -> jax.Array:
         """One call: normalizes, and stores what changed."""
-        array = checks.inexact_array(x, self._who)
-        features, flat = self._feature_sizes(array), self._features()
+        given = checks.any_array(x, self._who)
+        features, flat = self._feature_sizes(given), self._features()
         variables = self._variables()
         values = {name: variable[...] for name, variable in variables.items()}
         if flat != features:
@@ -145,11 +145,12 @@ class Shell(nnx.Module):
                 for name, value in values.items()
             }
         if self.promote_dtype is not None:
-            array, values = self._promoted(array, values)
+            given, values = self._promoted(given, values)
+        array = checks.input_array(given, self._who)
         dtype = self.dtype
         if dtype is None:
             dtypes = (values[name].dtype for name in self._promotes if name in values)
-            dtype = precision.promote(array.dtype, *dtypes)
+            dtype = precision.promote_inexact(given.dtype, *dtypes)
         y, changed = self._transform(
             values, array, mask, dtype, self._who, initializing=False, **mode
         )
@@ -177,9 +178,9 @@ class StatelessShell(Shell):
         """Normalizes `x`.
 
         Args:
-            x: input of any shape; float, bfloat16, or complex.
-            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
-                Masked elements are normalized too, see `jaxnorm.normalize`.
+            x: input of any shape; float, bfloat16 or complex; integers become float32.
+            mask: which elements count, by booleans or weights, or None for all; of the shape of
+                `x`, or of size 1 along some axes. See `jaxnorm.normalize`.
 
         Returns:
             Array of the shape of `x`.
@@ -229,11 +230,11 @@ class RunningStatsShell(ModalShell):
         """Normalizes `x`, and in training moves the running statistics.
 
         Args:
-            x: input of any shape; float, bfloat16, or complex.
+            x: input of any shape; float, bfloat16 or complex; integers become float32.
             use_running_average: True for inference, False for training; None for the layer's
                 choice, which `train()`, `eval()` and `nnx.view` set.
-            mask: boolean, with as many axes as `x`, each of its size or 1; False does not count.
-                Masked elements are normalized too, see `jaxnorm.normalize`.
+            mask: which elements count, by booleans or weights, or None for all; of the shape of
+                `x`, or of size 1 along some axes. See `jaxnorm.normalize`.
             update_stats: whether training moves the running statistics; None for the layer's
                 choice.
 

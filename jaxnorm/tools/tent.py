@@ -23,6 +23,8 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core import checks, precision
 from jaxnorm.core.axes import sizes
+from jaxnorm.core.masks import checked_mask, counting, weighted
+from jaxnorm.core.pooling import reciprocal
 from jaxnorm.tools.adapter.kinds import calls_as_its_kind, keeps_statistics, spec_of
 from jaxnorm.tools.adapter.models import Arrays, Hook, LayerCall, Model, Path, fresh, model_of
 from jaxnorm.tools.adapter.norms import Only, chosen, is_norm, noting
@@ -104,9 +106,9 @@ def tent(
         A `Tent`: `init`, `step` and `predict` are pure and can be jitted and scanned; a state may
         be donated. The logits of `step` are those before its last optimizer step, which then serves
         the next batch, as in the paper: they cost no forward pass of their own. For predictions
-        after it, `predict(state, batch)`. `mask` of `step`, boolean of the shape of the logits
-        without classes, says which predictions count in the loss; to keep padding out of the
-        statistics too, let `call` hand a mask to the norms.
+        after it, `predict(state, batch)`. `mask` of `step`, booleans or weights of the shape
+        of the logits without classes, says which predictions count in the loss; to keep padding out
+        of the statistics too, let `call` hand a mask to the norms.
 
     Raises:
         TypeError: no model; no Optax optimizer; an `only` that is no text and no function; logits
@@ -216,16 +218,15 @@ def entropy(logits: ArrayLike) -> jax.Array:
 
 
 def _mean_entropy(logits: jax.Array, mask: ArrayLike | None, who: str) -> jax.Array:
-    """The mean entropy of the predictions that count."""
+    """The mean entropy of the predictions that count, by their weights."""
     shape = logits.shape[:-1]
-    mask = checks.boolean_mask(mask, shape, who)
+    mask = checked_mask(mask, shape, who)
     if mask is None:
         return jnp.mean(entropy(logits))
-    counts = jnp.broadcast_to(mask, shape)
+    mask = jnp.broadcast_to(mask, shape)
     # Before anything else: then what does not count has no gradient either, even if it is NaN.
-    each = entropy(jnp.where(counts[..., None], logits, jnp.zeros_like(logits)))
-    total = jnp.sum(jnp.where(counts, each, jnp.zeros_like(each)))
-    return total / jnp.maximum(jnp.sum(counts), 1).astype(total.dtype)
+    each = entropy(jnp.where(counting(mask)[..., None], logits, jnp.zeros_like(logits)))
+    return jnp.sum(weighted(each, mask)) * reciprocal(jnp.sum(mask.astype(each.dtype)))
 
 
 def _adapted(
@@ -255,7 +256,7 @@ def _by_batch(adapted: Mapping[Path, Any], who: str) -> Hook:
         if call.path not in adapted or not keeps_statistics(spec := spec_of(call.layer)):
             return call.proceed(call.x)
         name = f"{who}, '{'/'.join(call.path)}'"
-        x = checks.inexact_array(call.x, name)
+        x = checks.input_array(call.x, name)
         features = sizes(x.shape, spec._feature_axes(x.ndim, name))
         slots = spec._slots(features, precision.is_complex(x.dtype), name)
         arguments = dict(call.arguments) | dict(use_running_average=False, update_stats=False)
@@ -264,7 +265,7 @@ def _by_batch(adapted: Mapping[Path, Any], who: str) -> Hook:
             {key: value.reshape(slots[key].shape) for key, value in call.values.items()},
             x,
             arguments.pop("mask", None),
-            call.proceed(x).dtype,  # which depends on the framework and its options
+            call.proceed(call.x).dtype,  # which depends on the framework and its options
             name,
             initializing=False,
             **arguments,

@@ -87,7 +87,6 @@ def _try(spec: Any, call: LayerCall, who: str) -> None:
     Raises:
         TypeError, ValueError: as the new layer does.
     """
-    mask = call.arguments.get("mask")
     spec._check_options(who)
     features = sizes(call.x.shape, spec._feature_axes(call.x.ndim, who))
     slots = spec._slots(features, precision.is_complex(call.x.dtype), who)
@@ -105,7 +104,7 @@ def _try(spec: Any, call: LayerCall, who: str) -> None:
         transform,
         {name: jax.ShapeDtypeStruct(slot.shape, slot.dtype) for name, slot in slots.items()},
         call.x,
-        None if mask is None else jax.ShapeDtypeStruct(mask.shape, mask.dtype),
+        call.arguments.get("mask"),
     )
 
 
