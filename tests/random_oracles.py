@@ -125,7 +125,7 @@ TRAINING = {
 }
 
 
-def by_running(draw, x, weights, running, params):
+def by_running(draw, x, seen, weights, running, params):
     """What inference normalizes by the running statistics, before the affine map."""
     if draw.whitens:
         size = x.shape[draw.features[0]] // draw.groups
@@ -134,14 +134,14 @@ def by_running(draw, x, weights, running, params):
         (axis,) = draw.features
         size = x.shape[axis] - len(running[0])
         first, rest = np.split(x, [size], axis)
-        by = np.split(weights, [size], axis)[0]
+        of_first = [np.split(array, [size], axis)[0] for array in (seen, seen, weights)]
         stats = (family.laid(value, x.ndim, (axis,)) for value in running)
-        y = instance_norm(draw, first, first, first, by, None)
+        y = instance_norm(draw, first, *of_first, None)
         return np.concatenate([y, standardized(rest, *stats, draw.epsilon)], axis)
     stats = tuple(family.laid(value, x.ndim, draw.features) for value in running)
     if draw.method == "SwitchableNorm":
         kinds = [
-            estimates(x, family.others(x.ndim, axes), weights)
+            estimates(seen, family.others(x.ndim, axes), weights)
             for axes in ((0, *draw.features), (0,))
         ]
         return _mixed(draw, x, (*kinds, stats), params)
@@ -217,7 +217,7 @@ def oracle(draw, x, params, weights, running, *, seen=None, base=None, inference
         own = np.flatnonzero(draw.labels == label)
         arrays = [np.take(array, own, draw.split) for array in (x, seen, base, weights)]
         if inference:
-            part = by_running(draw, arrays[0], arrays[3], running, params)
+            part = by_running(draw, *arrays[:2], arrays[3], running, params)
         elif draw.method == "SwitchableNorm":
             part = switchable_norm(draw, *arrays, running, params)
         else:
