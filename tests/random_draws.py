@@ -10,7 +10,9 @@ BATCH = ("BatchNorm", "BatchRenorm", "AdaBN")
 WHITENING = ("DecorrelatedBatchNorm", "IterNorm")
 EXAMPLES_FIRST = ("SwitchableNorm", "IBNa", "InstanceNorm", "IBNb")
 LAYER = ("LayerNorm", "RMSNorm")
-METHODS = (*BATCH, *WHITENING, *EXAMPLES_FIRST, *LAYER, "GroupNorm")
+SCALED_WEIGHTS = ("WeightNorm", "ScaledWeightStandardization")
+WEIGHTS = (*SCALED_WEIGHTS, "WeightStandardization", "SpectralNorm")
+METHODS = (*BATCH, *WHITENING, *EXAMPLES_FIRST, *LAYER, "GroupNorm", *WEIGHTS)
 RUNNING = (*BATCH, *WHITENING, "SwitchableNorm", "IBNa")
 NARROW = ("bfloat16", "float16")
 
@@ -71,6 +73,21 @@ class Draw:
     @property
     def whitens(self):
         return self.method in WHITENING
+
+    @property
+    def of_weights(self):
+        """Whether the input is a weight."""
+        return self.method in WEIGHTS
+
+    @property
+    def projects(self):
+        """Whether a singular vector is stored."""
+        return self.method == "SpectralNorm"
+
+    @property
+    def first_vector(self):
+        """The first approximation of a singular vector."""
+        return self.rng(23).normal(size=self.shape[-1]).astype(np.float32).astype(np.float64)
 
     @property
     def runs(self):
@@ -158,9 +175,10 @@ def drawn(seed: int) -> Draw:
     def one_of(*values):
         return values[rng.integers(len(values))]
 
-    _draw_axes(draw, rng, one_of)
-    _draw_devices(draw, rng, sometimes, one_of)
     draw.framework = one_of("linen", "nnx", *(["function"] if draw.method != "AdaBN" else []))
+    _draw_axes(draw, rng, one_of)
+    if not draw.of_weights:
+        _draw_devices(draw, rng, sometimes, one_of)
     dtypes = ["float32", "bfloat16", "float16", "float64"]
     draw.dtype = str(rng.choice(dtypes, p=[0.4, 0.2, 0.15, 0.25]))
     draw.param_dtype = one_of("float32", "float32", draw.dtype)
@@ -171,16 +189,20 @@ def drawn(seed: int) -> Draw:
         draw.scale = float(one_of(0.25, 1, 2))
     smallest = 1e-5 * min(draw.scale**2, 1)
     draw.options["epsilon"] = float(one_of(smallest, smallest, 1e-5, 0.1 * draw.scale**2))
+    # Less, and where a variance is 0 also float64 would be too coarse for differences.
+    draw.options["epsilon"] = max(draw.epsilon, 1e-8 * draw.scale**2)
     if draw.dtype == "float16":
         draw.options["epsilon"] = max(draw.epsilon, 1e-4)
     draw.mask = rng.choice(["", "boolean", "integer", "weights"], p=[0.35, 0.3, 0.05, 0.3]) or None
+    draw.mask = None if draw.mask is None or draw.of_weights else str(draw.mask)
     if draw.mask is not None:
-        draw.mask = str(draw.mask)
         sizes = [n if sometimes(0.7) else 1 for n in draw.shape]
         if draw.whitens:
             sizes[draw.features[0]] = 1
         draw.mask_shape = tuple(sizes)
         draw.harm = one_of(None, None, np.nan, np.inf)
+        if draw.scale > 2**7:  # Under a mask, numbers above 4e9 are taken for 0.
+            draw.mean = float(np.clip(draw.mean, -1e3, 1e3))
     draw.warm = sometimes(0.5)
     _draw_options(draw, sometimes, one_of)
     draw.derivative = one_of("reverse", "reverse", "forward", "second", "inference")
@@ -196,10 +218,14 @@ def _draw_axes(draw, rng, one_of):
     """Which axes are features', and the sizes of all."""
     first = draw.method in EXAMPLES_FIRST
     ndim = int(rng.integers(3 if first or draw.method == "GroupNorm" else 2, 5))
+    if draw.of_weights and draw.framework != "function":
+        ndim = 2  # those of a dense layer
     axes = range(1 if first or draw.method == "GroupNorm" else 0, ndim)
-    several = draw.method not in (*WHITENING, "IBNa", "GroupNorm") and len(axes) > 2
+    one = (*WHITENING, "IBNa", "GroupNorm", "SpectralNorm")
+    several = draw.method not in one and len(axes) > 2
     number = one_of(1, 1, 2) if several else 1
-    chosen = rng.choice(axes, number, replace=False) if one_of(0, 1) else range(ndim - number, ndim)
+    last = draw.projects or one_of(False, True)
+    chosen = range(ndim - number, ndim) if last else rng.choice(axes, number, replace=False)
     draw.features = tuple(sorted(int(a) for a in chosen))
     sizes = [int(n) for n in rng.integers(2, 5, ndim)]
     others = [a for a in range(ndim) if a not in draw.features]
@@ -220,15 +246,14 @@ def _draw_axes(draw, rng, one_of):
 
 def _draw_devices(draw, rng, sometimes, one_of):
     """Whether and how devices share the input, or ghost batches divide it."""
-    ndim = len(draw.shape)
+    others = tuple(a for a in range(len(draw.shape)) if a not in draw.features)
     pooled = {
         **dict.fromkeys(LAYER, draw.reduced),
         "GroupNorm": [a for a in draw.reduced if a not in draw.features],
-        **dict.fromkeys(("SwitchableNorm", "IBNa"), [0]),
-        **dict.fromkeys(
-            ("InstanceNorm", "IBNb"), [a for a in range(1, ndim) if a not in draw.features]
-        ),
-    }.get(draw.method, [a for a in range(ndim) if a not in draw.features])
+        **dict.fromkeys(("SwitchableNorm", "IBNa"), (0,)),
+        "InstanceNorm": [a for a in others if a],
+        "IBNb": [a for a in others if a],
+    }.get(draw.method, others)
     if not pooled:
         return
     draw.split = int(one_of(*pooled))
@@ -264,6 +289,16 @@ def _draw_options(draw, sometimes, one_of):
     options, ndim = draw.options, len(draw.shape)
     axes = [a - ndim if sometimes(0.5) else a for a in draw.features]
     axes = axes[0] if len(axes) == 1 else tuple(axes)
+    if draw.of_weights:
+        if draw.projects:
+            options["n_steps"] = one_of(1, 3)
+        else:
+            options["feature_axes"] = axes
+        if draw.method in SCALED_WEIGHTS:
+            options["use_scale"] = sometimes(0.7)
+        if draw.framework == "function" and sometimes(0.25):
+            options["dtype"] = one_of("float32", draw.dtype)
+        return
     if draw.method in LAYER:
         options |= dict(reduction_axes=draw.reduced, feature_axes=axes)
     else:

@@ -1,12 +1,13 @@
 """Each method in float64 NumPy, for any options of a random draw: `oracle(draw, x, ...)`.
 
-Put together from what the papers' oracles share. Statistics are taken of `seen`, which is `x`, or is
-held where `x` moves; what is a constant for the derivative by definition (r and d of batch renorm)
-is taken of `base`.
+Put together from what the papers' oracles share. Statistics are taken of `seen`, which is `x`, or
+is held where `x` moves; what is a constant for the derivative by definition (r and d of batch
+renorm, singular vectors) is taken of `base`.
 """
 
 import batch_family_oracles as family
 import numpy as np
+import weight_oracles
 import whitening_oracles as whitening
 
 
@@ -109,7 +110,33 @@ def _whitened_by(draw, x, stats):
     return whitening.whiten(x, matrix_of, axis=axis, groups=draw.groups, stats=stats)
 
 
+def weight_norm(draw, w, seen, base, weights, running):
+    inputs = family.others(w.ndim, draw.features)
+    return w / np.sqrt((seen**2).sum(inputs, keepdims=True) + draw.epsilon)
+
+
+def weight_standardization(draw, w, seen, base, weights, running):
+    inputs = family.others(w.ndim, draw.features)
+    mean, var = seen.mean(inputs, keepdims=True), seen.var(inputs, keepdims=True)
+    if draw.method == "WeightStandardization":
+        return standardized(w, mean, var, draw.epsilon)
+    fan_in = np.prod([w.shape[a] for a in inputs])
+    return (w - mean) / np.sqrt(np.maximum(fan_in * var, draw.epsilon))
+
+
+def spectral_norm(draw, w, seen, base, weights, running):
+    steps = draw.options["n_steps"]
+    _, u, _, v = weight_oracles.spectral_norm(
+        base, draw.first_vector, n_steps=steps, epsilon=draw.epsilon
+    )
+    return w / (v @ seen.reshape(-1, seen.shape[-1]) @ u)
+
+
 TRAINING = {
+    "WeightNorm": weight_norm,
+    "WeightStandardization": weight_standardization,
+    "ScaledWeightStandardization": weight_standardization,
+    "SpectralNorm": spectral_norm,
     "BatchNorm": batch_norm,
     "AdaBN": batch_norm,
     "LayerNorm": layer_norm,

@@ -1,11 +1,14 @@
-"""What rounding may do to a result, said by the float64 oracle itself, and derivatives by differences.
+"""What rounding may do to a result, said by the float64 oracle itself, and exact derivatives.
 
-A computation in a dtype with unit roundoff u is right if its result is that of an input which differs
-by a few u of each number. So what is allowed is how much the oracle's result changes where its inputs,
-parameters and statistics change by u, each in random directions and all in one, times `ROUNDINGS`: from
-input to result a number is rounded about a dozen times (two sums, two differences, square, division,
-epsilon, root, reciprocal, product, scale, bias), in sums of a few dozen numbers a few times more. At
-last the result is rounded to its own dtype, once.
+A computation in a dtype with unit roundoff u is right if its result is that of an input which
+differs by a few u of each number. So what is allowed is how much the oracle's result changes where
+inputs, parameters and statistics change by u, in random directions and one by one, times
+`ROUNDINGS`: from input to result a number is rounded about a dozen times (two sums, two
+differences, square, division, epsilon, root, reciprocal, product, scale, bias), in sums of a few
+dozen numbers a few times more. At last the result is rounded to its own dtype, once.
+
+Where a variance is taken about a shift, in one pass, rounding grows with the square of the distance
+of shift and mean, in standard deviations, up to `NEAR` of them (of covariances `NEAR_JOINTLY`).
 """
 
 import jax
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 ROUNDINGS = 16
+NEAR, NEAR_JOINTLY = 8, 2
 NODES = np.arange(-3, 4)
 STENCILS = {
     1: np.array([-1 / 60, 3 / 20, -3 / 4, 0, 3 / 4, -3 / 20, 1 / 60]),
@@ -35,17 +39,19 @@ def rounded(value, dtype):
 
 
 def perturbed(rng, u, function, *arrays):
-    """The result of a function of float64 arrays, and how much it changes where these change by u."""
+    """The result of a function of arrays, and how much it changes where these change by u."""
     exact = function(*arrays)
 
-    def change(direction):
-        moved = jax.tree.map(lambda a: a + u * np.abs(a) * direction(np.asarray(a)), arrays)
+    def change(moved):
         return jax.tree.map(lambda a, b: np.abs(a - b), function(*moved), exact)
 
     def at_random(array):
-        return rng.choice([-1, 1], array.shape)
+        return array + u * np.abs(array) * rng.choice([-1, 1], np.shape(array))
 
-    changes = [change(np.sign), *(change(at_random) for _ in range(6))]
+    changes = [change(jax.tree.map(at_random, arrays)) for _ in range(5)]
+    for i, array in enumerate(arrays):
+        longer = jax.tree.map(lambda a: (1 + u) * a, array)
+        changes.append(change((*arrays[:i], longer, *arrays[i + 1 :])))
     return exact, jax.tree.map(lambda *each: np.max(each, 0), *changes)
 
 

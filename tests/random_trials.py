@@ -1,15 +1,12 @@
-"""What the library makes of a draw: its arrays, on however many devices, and results put together."""
+"""What the library makes of a draw, on however many devices."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from modules import FRAMEWORKS
-from random_functions import function_layer
+from random_layers import layer_of
 from random_rounding import as_wide
-
-import jaxnorm
 
 
 class Trial:
@@ -49,11 +46,7 @@ class Trial:
             names = draw.names if len(draw.names) > 1 else draw.names[0]
             options |= dict(axis_name=names, axis_index_groups=draw.device_groups)
         local = jnp.split(self.inputs[0], draw.devices, draw.split)[0]
-        if draw.framework == "function":
-            return function_layer(draw, local, options)
-        cls = getattr(getattr(jaxnorm, draw.framework), draw.method)
-        options["param_dtype"] = jnp.dtype(draw.param_dtype)
-        return FRAMEWORKS[draw.framework](local, cls, **options)
+        return layer_of(draw, local, options)
 
     def _drawn_params(self):
         rng = self.draw.rng(21)

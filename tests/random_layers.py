@@ -1,7 +1,10 @@
-"""The pure functions as layers: `modules.Layer` without Flax."""
+"""The layers that draws name, as `modules.Layer`: pure functions, and those of weights as well."""
 
+import jax
 import jax.numpy as jnp
-from modules import Layer, num_features
+from flax import linen as nn
+from flax import nnx
+from modules import FRAMEWORKS, Layer, num_features
 
 import jaxnorm
 from jaxnorm import JointStats, Stats
@@ -22,8 +25,26 @@ NAMES = {
 RULE = ("momentum", "debias", "running_var", "track_running_stats", "ghost_batch_size")
 
 
+WEIGHT_NAMES = {
+    "WeightNorm": "weight_norm",
+    "WeightStandardization": "weight_standardization",
+    "ScaledWeightStandardization": "scaled_weight_standardization",
+    "SpectralNorm": "spectral_norm",
+}
+
+
+def layer_of(draw, x, options):
+    """The layer of a draw, or what stands for it, for an input like `x`."""
+    if draw.of_weights:
+        return weight_layer(draw, x, options)
+    if draw.framework == "function":
+        return function_layer(draw, x, options)
+    cls = getattr(getattr(jaxnorm, draw.framework), draw.method)
+    return FRAMEWORKS[draw.framework](x, cls, param_dtype=jnp.dtype(draw.param_dtype), **options)
+
+
 def function_layer(draw, x, options):
-    """The pure functions of a draw's method, with running statistics moved as a layer moves them."""
+    """The pure functions, with running statistics moved as a layer moves them."""
     options = dict(options)
     rule = {name: options.pop(name) for name in RULE if name in options}
     dtype = jnp.dtype(draw.param_dtype)
@@ -68,13 +89,13 @@ def function_layer(draw, x, options):
         if not draw.runs:
             return (y[0] if isinstance(y, tuple) else y), {}
         y, seen = y
-        ddof = {} if draw.method == "BatchRenorm" else {"ddof": int(rule["running_var"] == "unbiased")}
-        average = dict(momentum=rule["momentum"], debias=rule["debias"], **ddof)
-        update = jaxnorm.update_running
+        average = dict(momentum=rule["momentum"], debias=rule["debias"])
         if draw.method == "BatchRenorm":
             update, average["epsilon"] = jaxnorm.update_renorm, draw.epsilon
-        if draw.whitens:
-            update = jaxnorm.update_running_covariance
+        else:
+            joint = jaxnorm.update_running_covariance
+            update = joint if draw.whitens else jaxnorm.update_running
+            average["ddof"] = int(rule["running_var"] == "unbiased")
         new, count = update(kind(stats), seen, updates=stats.get("updates"), **average)
         result = {"mean": new.mean.reshape(-1) if draw.whitens else new.mean}
         result["cov" if draw.whitens else "var"] = new.cov if draw.whitens else new.var
@@ -82,8 +103,8 @@ def function_layer(draw, x, options):
 
     def infer(params, stats, x, mask=None):
         name = "batch_norm" if draw.method == "BatchRenorm" else NAMES[draw.method]
-        kept = {k: v for k, v in options.items() if not k.startswith("axis_")}
-        kept = {k: v for k, v in kept.items() if k not in ("rmax", "dmax", "num_groups", "group_size")}
+        of_training = {"rmax", "dmax", "num_groups", "group_size", "axis_name", "axis_index_groups"}
+        kept = {name: value for name, value in options.items() if name not in of_training}
         shown = getattr(jaxnorm, f"{name}_inference")
         return shown(x, kind(stats), *affine(params), where=mask, **kept)
 
@@ -104,3 +125,63 @@ def _first_stats(draw, features, rule):
         stats, counted = {"mean": jnp.zeros(features), "var": jnp.ones(features)}, features
     needed = rule["debias"] or rule["momentum"] is None
     return stats, {"updates": jnp.zeros(counted, jnp.int32)} if needed else {}
+
+
+def weight_layer(draw, w, options):
+    """The weight by which a layer computes, as a function of the stored one.
+
+    A dense layer gives it away where the input is the identity.
+    """
+    options = dict(options)
+    scaled = options.get("use_scale", False)
+    shape = tuple(w.shape[axis] for axis in draw.features)
+    params = {"scale": jnp.ones(shape, jnp.dtype(draw.param_dtype))} if scaled else {}
+    stats = {"u": jnp.asarray(draw.first_vector, jnp.float32)} if draw.projects else {}
+    if draw.framework == "function":
+        options.pop("use_scale", None)
+        options |= {"axis": options.pop("feature_axes")} if "feature_axes" in options else {}
+        function = getattr(jaxnorm, WEIGHT_NAMES[draw.method])
+
+        def train(params, stats, w):
+            used = function(w, *params.values(), *stats.values(), **options)
+            return (used[0] if draw.projects else used), {}
+
+        return Layer(params, stats, train, train)
+
+    if scaled:
+        options["param_dtype"] = jnp.dtype(draw.param_dtype)
+    cls = getattr(getattr(jaxnorm, draw.framework), draw.method)
+    identity = jnp.eye(w.shape[0], dtype=w.dtype)
+    call = {"update_stats": True} if draw.projects else {}
+
+    def put(tree, values):
+        """The variables with these values, which are known by the ends of their names."""
+
+        def value(path, leaf):
+            names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+            (new, *_) = [values[name] for name in names[::-1] if name in values] or [leaf]
+            return new.reshape(leaf.shape).astype(leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(value, tree)
+
+    if draw.framework == "linen":
+        dense = nn.Dense(w.shape[1], use_bias=False, param_dtype=w.dtype)
+        module = cls(dense, **options)
+        variables = module.init(jax.random.key(0), identity, **call)
+
+        def used(values):
+            variables_of_draw = put(variables, values)
+            return module.apply(variables_of_draw, identity, mutable=["batch_stats"], **call)[0]
+
+    else:
+        rngs = nnx.Rngs(0)
+        dense = nnx.Linear(*w.shape, use_bias=False, param_dtype=w.dtype, rngs=rngs)
+        graph, state = nnx.split(cls(dense, rngs=rngs, **options))
+
+        def used(values):
+            return nnx.merge(graph, put(state, values))(identity, **call)
+
+    def train(params, stats, w):
+        return used({"kernel": w, **params, **stats}), {}
+
+    return Layer(params, stats, train, train)
