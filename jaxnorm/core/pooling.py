@@ -29,7 +29,7 @@ from jax import lax
 
 from jaxnorm.core import axes as ax
 from jaxnorm.core import precision
-from jaxnorm.core.devices import Devices, decide_alike, surely_equal
+from jaxnorm.core.devices import Devices, decide_alike, placed, placement, surely_equal
 from jaxnorm.core.divided import divided
 
 Pooled = tuple[jax.Array, jax.Array | None, jax.Array]
@@ -307,10 +307,10 @@ def usable_shift(shift: jax.Array, mean: jax.Array, over: Devices | None) -> jax
     batch's.
     """
     shift = lax.stop_gradient(shift if jnp.iscomplexobj(mean) else shift.real).astype(mean.dtype)
-    usable = jnp.isfinite(shift)
     if over is not None and not surely_equal(shift, over):
-        usable = jnp.zeros_like(usable)
-    return jnp.where(usable, shift, jnp.zeros_like(shift))
+        # Not selected: the type would still say that it differs between devices.
+        return placed(jnp.zeros(shift.shape, shift.dtype), placement(shift))
+    return jnp.where(jnp.isfinite(shift), shift, jnp.zeros_like(shift))
 
 
 def _with_count_of_var(count: jax.Array | float, mean: jax.Array | None, var: jax.Array) -> Pooled:

@@ -35,11 +35,14 @@ class Affine(Spec):
             slots["bias"] = Slot("params", features, self.param_dtype, self.bias_init)
         return slots
 
-    def _affine(self, values: Values) -> tuple[jax.Array | None, jax.Array | None]:
-        """The factor and the summand that `values` stand for."""
+    def _affine(
+        self, values: Values, x: jax.Array | None = None
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """The factor and the summand that `values` stand for, of the input `x`."""
         scale, bias = values.get("scale"), values.get("bias")
         if scale is not None and self.zero_centered_scale:
-            # Added in float32: 1 + scale in bfloat16 would round off what was to be kept.
+            # Added in what computes: 1 + scale in less would round off what was to be kept.
             wide = precision.accumulation_dtype(scale.dtype)
+            wide = wide if x is None else precision.promote(wide, precision.real_dtype(x.dtype))
             scale = scale.astype(wide) + jnp.ones((), wide)
         return scale, bias

@@ -278,7 +278,7 @@ class BatchNorm(Affine, RunningStats):
         use_running_average: bool,
         update_stats: bool,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        scale, bias = self._affine(values)
+        scale, bias = self._affine(values, x)
         stored = self._stored(values, x, who)
         options: dict[str, Any] = dict(axis=self.axis, where=mask, epsilon=self.epsilon)
         options |= dict(dtype=dtype, who=who)

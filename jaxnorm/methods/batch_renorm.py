@@ -365,7 +365,7 @@ class BatchRenorm(BatchNorm):
         y, batch = self._by_batches(batch_renorm, initializing)(
             x,
             stored,
-            *self._affine(values),
+            *self._affine(values, x),
             rmax=rmax,
             dmax=dmax,
             axis=self.axis,

@@ -225,7 +225,7 @@ class GroupNorm(Affine):
         (axis,) = self._feature_axes(x.ndim, who)
         y = group_norm(
             x,
-            *self._affine(values),
+            *self._affine(values, x),
             num_groups=self.num_groups,
             group_size=self.group_size,
             axes=reduced_axes(self.reduction_axes, axis, x.ndim, who, "reduction_axes"),

@@ -350,7 +350,7 @@ class IBNa(BatchNorm):
         update_stats: bool,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         stored = self._stored(values, x, who)
-        scale, bias = self._affine(values)
+        scale, bias = self._affine(values, x)
         options: dict[str, Any] = dict(ratio=self.ratio, axis=self.axis, where=mask)
         options |= dict(batch_axis=self.batch_axis, epsilon=self.epsilon, dtype=dtype, who=who)
         if use_running_average:
@@ -428,7 +428,7 @@ class IBNb(Affine):
         *,
         initializing: bool,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        scale, bias = self._affine(values)
+        scale, bias = self._affine(values, x)
         options: dict[str, Any] = dict(axis=self.axis, batch_axis=self.batch_axis, where=mask)
         options |= dict(epsilon=self.epsilon, dtype=dtype, who=who)
         y, _ = ibn_b(x, None, scale, bias, **options, **self._mapped_axes(initializing, who))

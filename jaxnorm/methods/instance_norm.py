@@ -236,7 +236,7 @@ class InstanceNorm(Affine, RunningStats):
         use_running_average: bool,
         update_stats: bool,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        scale, bias = self._affine(values)
+        scale, bias = self._affine(values, x)
         options: dict[str, Any] = dict(axis=self._feature_axes(x.ndim, who), where=mask)
         options |= dict(epsilon=self.epsilon, dtype=dtype, who=who)
         if use_running_average:

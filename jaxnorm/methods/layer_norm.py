@@ -176,7 +176,7 @@ class LayerNorm(Affine):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         y = layer_norm(
             x,
-            *self._affine(values),
+            *self._affine(values, x),
             axes=ax.canonical_axes(self.reduction_axes, x.ndim, who, "reduction_axes"),
             axis=self.feature_axes,
             where=mask,

@@ -150,7 +150,7 @@ class RMSNorm(Affine):
         *,
         initializing: bool,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        scale, _ = self._affine(values)
+        scale, _ = self._affine(values, x)
         y = rms_norm(
             x,
             scale,

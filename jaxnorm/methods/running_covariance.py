@@ -71,7 +71,7 @@ class RunningCovariance(Affine, RunningStats):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         cov = values["cov"]
         stored = lax.stop_gradient(JointStats(values["mean"].reshape(cov.shape[:2]), cov))
-        affine = self._affine(values)
+        affine = self._affine(values, x)
         options: dict[str, Any] = dict(axis=self.axis, where=mask, epsilon=self.epsilon)
         options |= dict(dtype=dtype, who=who)
         if use_running_average:

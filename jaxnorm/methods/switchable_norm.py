@@ -187,8 +187,8 @@ def _normalized(
     x = checks.input_array(x, who)
     features = ax.canonical_axes(axis, x.ndim, who)
     examples = example_axes(batch_axis, features, x.shape, who)
-    mean_weight = _logits(mean_weight, who, "mean_weight")
-    var_weight = _logits(var_weight, who, "var_weight")
+    mean_weight = _logits(mean_weight, x, who, "mean_weight")
+    var_weight = _logits(var_weight, x, who, "var_weight")
     scale = checks.feature_array(scale, x.shape, features, who, "scale")
     bias = checks.feature_array(bias, x.shape, features, who, "bias")
     where = checked_mask(where, x.shape, who)
@@ -250,8 +250,8 @@ def _mixture(
     return Stats(mean, jnp.asarray(var))
 
 
-def _logits(weight: ArrayLike, who: str, what: str) -> jax.Array:
-    """Three logits, in float32 or wider."""
+def _logits(weight: ArrayLike, x: jax.Array, who: str, what: str) -> jax.Array:
+    """Three logits, in what computes with `x`."""
     weight = jnp.asarray(weight)
     checks.not_narrow(weight, who, what, f"{what}.astype(jnp.float32)")
     if weight.shape != (3,):
@@ -259,7 +259,8 @@ def _logits(weight: ArrayLike, who: str, what: str) -> jax.Array:
             f"{who}: {what} has shape {weight.shape}, but weighs the statistics of instance, layer "
             f"and batch. Use three numbers: jnp.ones(3)."
         )
-    return weight.astype(precision.accumulation_dtype(weight.dtype))
+    wide = precision.promote(weight.dtype, precision.real_dtype(x.dtype), jnp.float32)
+    return weight.astype(wide)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -346,7 +347,7 @@ class SwitchableNorm(Affine, RunningStats):
         update_stats: bool,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         stored = self._stored(values, x, who)
-        parameters = values["mean_weight"], values["var_weight"], *self._affine(values)
+        parameters = values["mean_weight"], values["var_weight"], *self._affine(values, x)
         options: dict[str, Any] = dict(axis=self.axis, batch_axis=self.batch_axis, where=mask)
         options |= dict(epsilon=self.epsilon, dtype=dtype, who=who)
         if use_running_average:
