@@ -34,6 +34,7 @@ EACH_KIND = pytest.mark.parametrize(
 )
 MAKE = pytest.mark.parametrize("make", FRAMEWORKS.values(), ids=FRAMEWORKS)
 K = 3
+PENDING_COUNTS = ("pending_count", "pending_batches")
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -47,8 +48,9 @@ def pending(stats):
 
 
 def assert_nothing_pending(stats):
-    assert pending(stats)
-    chex.assert_trees_all_equal(pending(stats), jax.tree.map(jnp.zeros_like, pending(stats)))
+    counts = {name: leaf for name, leaf in stats.items() if name.startswith(PENDING_COUNTS)}
+    assert counts
+    chex.assert_trees_all_equal(counts, jax.tree.map(jnp.zeros_like, counts))
 
 
 def micro_batches(shape, dtype=jnp.float32, count=K, spread=3.0):
@@ -120,7 +122,7 @@ def test_each_micro_batch_is_normalized_by_itself(subject):
 
 @pytest.mark.parametrize(("subject", "framework"), in_turn(ACCUMULATING, FRAMEWORKS))
 def test_state_keeps_its_types_in_strict_modes(framework, subject):
-    """Through a step, with narrow input and masks; all of it is float32 or a count."""
+    """Through a step, with narrow input and masks; all of it is float32, the counts too."""
     x, mask = subject.input(jnp.bfloat16), subject.some_mask()
     layer = subject.layer(framework, x, momentum=None, skip_nonfinite=True)
 
@@ -135,8 +137,69 @@ def test_state_keeps_its_types_in_strict_modes(framework, subject):
         for _ in range(K + 1):
             stats = step(stats, x, mask)
     chex.assert_trees_all_equal_shapes_and_dtypes(stats, layer.stats)
-    assert {str(leaf.dtype) for leaf in stats.values()} == {"float32", "int32"}
+    assert {str(leaf.dtype) for leaf in stats.values()} == {"float32"}
     assert int(stats["pending_batches"]) == 1
+
+
+@pytest.mark.parametrize(("subject", "framework"), in_turn(ACCUMULATING, FRAMEWORKS))
+def test_an_average_of_states_is_a_state(framework, subject):
+    """Of states that wait for different batches, as weight averages and target networks take it.
+
+    All batches are alike, so that it must go on as each of the states would.
+    """
+    x = subject.input() + 100
+    layer = subject.layer(framework, x, momentum=None)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(stats):
+        return layer.train(layer.params, stats, x)[1]
+
+    def k_steps(stats):
+        return functools.reduce(lambda stats, _: step(stats), range(K), stats)
+
+    chex.clear_trace_counter()
+    after = k_steps(layer.stats)
+    average = optax.incremental_update(step(after), after, 0.3)
+    chex.assert_trees_all_equal_shapes_and_dtypes(average, layer.stats)
+    np.testing.assert_allclose(average["pending_batches"], 0.3, rtol=1e-6)
+    found, expected = k_steps(average), k_steps(after)
+    assert_nothing_pending(found)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("subject", "framework"), in_turn(ACCUMULATING, FRAMEWORKS))
+def test_a_state_in_half_precision_is_computed_in_float32(framework, subject):
+    """And stored as it was found, with one warning of what that loses."""
+    dtype, last = {"linen": (jnp.bfloat16, 256), "nnx": (jnp.float16, 2048)}[framework]
+    x = subject.input()
+    layer = subject.layer(framework, x, momentum=None)
+    train = jax.jit(layer.train)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), train(layer.params, layer.stats, x)[1])
+    text = rf"^{subject.method}: trains with .*as {dtype.__name__}.* a count stops at {last}\. Keep"
+    with pytest.warns(UserWarning, match=text) as warned:
+        y, new = train(layer.params, narrow, x)
+    assert len(warned) == 1
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
+    expected_y, expected = train(layer.params, wide, x)
+    expected = jax.tree.map(lambda leaf: leaf.astype(dtype), expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, expected)
+    chex.assert_trees_all_close((y, new), (expected_y, expected), rtol=float(jnp.finfo(dtype).eps))
+
+
+@MAKE
+def test_counts_that_a_checkpoint_has_as_integers_go_on_as_such(make):
+    x = draw(SHAPE)
+    layer = make(x, update_every=K, momentum=None)
+    counts = {name: layer.stats[name].astype(jnp.int32) for name in ("updates", "pending_batches")}
+    whole_numbers = layer.stats | counts
+    batches = micro_batches(SHAPE, count=K + 1)
+    _, _, expected = train_on(layer, batches)
+    _, _, found = train_on(layer, batches, stats=whole_numbers)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, whole_numbers)
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found), expected
+    )
 
 
 @EACH_KIND
@@ -144,16 +207,14 @@ def test_no_gradient_passes_through_pending_evidence(subject):
     x = subject.input()
     layer = subject.layer("linen", x, update_every=2)
     _, stats = layer.train(layer.params, layer.stats, x)
-    counts = {name: leaf for name, leaf in stats.items() if leaf.dtype == jnp.int32}
-    floats = {name: leaf for name, leaf in stats.items() if name not in counts}
 
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
-    def gradients(floats, x):
-        _, new = layer.train(layer.params, counts | floats, x)
+    def gradients(stats, x):
+        _, new = layer.train(layer.params, stats, x)
         return sum((new[name].sum() for name in new if name in MOVING), jnp.zeros(()))
 
-    found = gradients(floats, x)
+    found = gradients(stats, x)
     chex.assert_trees_all_equal(found, jax.tree.map(jnp.zeros_like, found))
 
 
@@ -289,8 +350,8 @@ def test_domains_wait_apart(framework):
                 stats[kind + name], expected[kind + name], rtol=1e-5, err_msg=domain
             )
     _, stats = layer.train(layer.params, stats, x[0], domain="batches")
-    waits = {name for name, leaf in pending(stats).items() if np.any(leaf)}
-    assert waits == {f"pending_{what}_batches" for what in ("batches", "count", "mean", "var")}
+    waits = {n for n, leaf in stats.items() if n.startswith(PENDING_COUNTS) and np.any(leaf)}
+    assert waits == {"pending_batches_batches", "pending_count_batches"}
 
 
 # Optax

@@ -181,9 +181,9 @@ class DecorrelatedBatchNorm(RunningCovariance):
 
     Variables: `scale` and `bias`, one entry per feature, in `params`; in `batch_stats` `mean`,
     `[features]`, and `cov`, `[groups, group size, group size]` (NNX: `nnx.Param`, `nnx.BatchStat`);
-    and `updates`, int32 `[groups]`, if `debias` is set or `momentum` is None. Statistics are
-    float32, float64 if `param_dtype` is. They never change dtype or structure, and no gradient
-    flows into them. With `update_every` above 1 there are also `pending_count`, `pending_mean`,
+    and `updates`, `[groups]`, if `debias` is set or `momentum` is None. Statistics and counts are as
+    those of `BatchNorm`: float32, float64 if `param_dtype` is. They never change dtype or
+    structure, and no gradient flows into them. With `update_every` above 1 there are also `pending_count`, `pending_mean`,
     `pending_cov` and `pending_batches`, as those of `BatchNorm`.
 
     Args:
@@ -224,7 +224,7 @@ class DecorrelatedBatchNorm(RunningCovariance):
 
     Raises:
         TypeError: complex or integer input; a floating point mask; an epsilon that is no number; a
-            result that `dtype` cannot hold; statistics stored in less than float32.
+            result that `dtype` cannot hold; statistics stored in 8 bits or as integers.
         ValueError: contradicting options, groups that do not divide the features, missing
             `use_running_average`, an input or a mask of the wrong shape, several feature axes.
         NameError: `axis_name` is not bound.

@@ -25,6 +25,9 @@ _ROLE_AND_DOMAIN = re.compile(
 )
 """The name of a norm's variable: what it is and, with `AdaBN`, of which domain."""
 
+_COUNTS = ("updates", "step", "pending_batches")
+"""The roles of variables of which replicas have the largest."""
+
 Path = tuple[str, ...]
 
 
@@ -143,7 +146,7 @@ def merge_replicas(
         if set(path) & set(take_first):
             merged[i] = replicas.first(leaves[i])
         elif set(path) & set(average):
-            counts = jnp.issubdtype(leaves[i].dtype, jnp.integer)
+            counts = role_and_domain is not None and role_and_domain[1] in _COUNTS
             merged[i] = replicas.largest(leaves[i]) if counts else replicas.average(leaves[i])
         elif role_and_domain is None:
             unknown.append(path)
@@ -189,7 +192,7 @@ def _merged_norm(
     """The variables of one norm, of all replicas together."""
     merged = {
         role: replicas.largest(values[role])
-        for role in ("updates", "step", "pending_batches")
+        for role in _COUNTS
         if role in values
     }
     if weights is None and "updates" in values:
