@@ -230,7 +230,8 @@ def test_the_batch_renorm_that_circulates(here, kind):
     with pytest.raises(ValueError, match=r"epsilon is 1e-05, the source's 0\.001"):
         import_flax(layer(), other, x)
     filled, report = import_flax(layer(epsilon=1e-3), other, x)
-    expected = (x - mean) / np.sqrt(np.float64(var**2) + 1e-3) * scale + bias
+    by_hand = [np.float64(array) for array in (x, mean, var**2, scale, bias)]
+    expected = (by_hand[0] - by_hand[1]) / np.sqrt(by_hand[2] + 1e-3) * by_hand[3] + by_hand[4]
     np.testing.assert_allclose(filled(x), expected, rtol=1e-5, atol=1e-5)
     renorm = kind == "BatchRenorm"
     assert set(report.dropped) == {"r_max", "d_max"} | (set() if renorm else {"steps"})
