@@ -295,10 +295,10 @@ class BatchRenorm(BatchNorm):
     Variables: those of `BatchNorm`, with the same names, shapes and dtypes, and `step` in
     `batch_stats` (NNX: `nnx.BatchStat`), a float32 scalar that counts the training calls that moved
     the statistics, up to 2**24; with `update_every` these are every k-th, and r, d and their limits
-    go by the same running statistics and `step` in all k. A checkpoint of `BatchNorm` can be loaded in Linen:
-    where `step` is missing, inference does without, and training starts the schedules anew and adds
-    it. To train on inside `jax.lax.scan`, which wants a state that stays alike, add it before:
-    `jnp.zeros(())`.
+    go by the same running statistics and `step` in all k. A checkpoint of `BatchNorm` can be loaded
+    in Linen: where `step` is missing, inference does without, and training starts the schedules
+    anew and adds it. To train on inside `jax.lax.scan`, which wants a state that stays alike, add
+    it before: `jnp.zeros(())`.
 
     Args:
         rmax: limit of r: a number, 1 or more, or a schedule of `step`, as Optax's are. 1 together

@@ -180,10 +180,10 @@ class IterNorm(RunningCovariance):
 
     Variables: `scale` and `bias`, one entry per feature, in `params`; in `batch_stats` `mean`,
     `[features]`, and `cov`, `[groups, group size, group size]` (NNX: `nnx.Param`, `nnx.BatchStat`);
-    and `updates`, `[groups]`, if `debias` is set or `momentum` is None. Statistics and counts are as
-    those of `BatchNorm`: float32, float64 if `param_dtype` is. They never change dtype or
-    structure, and no gradient flows into them. With `update_every` above 1 there are also `pending_count`, `pending_mean`,
-    `pending_cov` and `pending_batches`, as those of `BatchNorm`.
+    and `updates`, `[groups]`, if `debias` is set or `momentum` is None. Statistics are float32,
+    float64 if `param_dtype` is. They never change dtype or structure, and no gradient flows into
+    them. With `update_every` above 1 there are also `pending_count`, `pending_mean`, `pending_cov`
+    and `pending_batches`. Counts, and what a checkpoint has in other dtypes, are as in `BatchNorm`.
 
     Args:
         use_running_average: True whitens by the running statistics (inference), False by the

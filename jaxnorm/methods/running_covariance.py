@@ -17,8 +17,8 @@ from jaxnorm.core.feature_groups import feature_axis, group_shape
 from jaxnorm.core.running_covariance import update_running_covariance
 from jaxnorm.methods.accumulation import accumulate
 from jaxnorm.methods.affine import Affine
-from jaxnorm.methods.running_stats import RunningStats
 from jaxnorm.methods.narrow_stats import widened, widened_stat
+from jaxnorm.methods.running_stats import RunningStats
 from jaxnorm.methods.spec import Slot, Values
 
 
