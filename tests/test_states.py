@@ -11,10 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from modules import FRAMEWORKS, draw
 from subjects import ACCUMULATING, in_turn
 from test_accumulation import MAKE, K, assert_nothing_pending, micro_batches, train_on
 from test_running_state import SHAPE
+
+import jaxnorm.linen
+from jaxnorm.tools import population_stats
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -78,3 +82,19 @@ def test_counts_that_a_checkpoint_has_as_integers_go_on_as_such(make):
     chex.assert_trees_all_equal(
         jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found), expected
     )
+
+
+@pytest.mark.parametrize("order", ["together", "layer by layer"])
+def test_population_statistics_of_a_model_in_half_precision(order):
+    """Taken in float32, stored as found, and without a warning: nothing is averaged there."""
+    net = nn.Sequential([norm := jaxnorm.linen.BatchNorm(True), nn.relu, norm.clone()])
+    batches = list(micro_batches((8, 3)))
+    cast = functools.partial(jax.tree.map, lambda leaf: leaf.astype(jnp.bfloat16))
+    narrow = cast(net.init(jax.random.key(0), batches[0]))
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
+    found, expected = (
+        population_stats(net.bind(each), batches, order=order).variables["batch_stats"]
+        for each in (narrow, wide)
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, narrow["batch_stats"])
+    chex.assert_trees_all_close(found, cast(expected), rtol=2 * float(jnp.finfo(jnp.bfloat16).eps))
