@@ -25,6 +25,15 @@ def ada_bn(variables, frozen, **options):
     )
 
 
+def counting_in(dtype, **options):
+    """A training call of a layer whose counts are stored in `dtype`."""
+    layer = jaxnorm.linen.BatchNorm(use_running_average=False, **options)
+    variables = layer.init(KEY, X)
+    stats = variables["batch_stats"]
+    counts = {"pending_batches": stats["pending_batches"].astype(dtype)}
+    layer.apply({**variables, "batch_stats": stats | counts}, X, mutable=["batch_stats"])
+
+
 def with_statistics():
     """The variables of a `BatchNorm`, and statistics of sketches without their count."""
     variables = dict(checkpoint())
@@ -71,6 +80,12 @@ ROWS = [
         lambda: jaxnorm.update_renorm(STATS, STATS),
         TypeError,
         r"^update_renorm: needs jaxnorm\.Moments, found Stats",
+    ),
+    Row(
+        "a count of batches that cannot get so far",
+        lambda: counting_in(jnp.bfloat16, update_every=300),
+        ValueError,
+        r"^BatchNorm: update_every=300 .*bfloat16.*to 256\..*pending_batches\.astype\(jnp\.float32",
     ),
     Row(
         "unknown domain of the function",
@@ -133,7 +148,7 @@ ROWS = [
         "count of a domain that a checkpoint lacks",
         lambda: ada_bn(with_statistics(), False, momentum=None),
         ValueError,
-        r"^AdaBN: .*'mean_sketches' but no 'updates_sketches'.*jnp\.full\(\(3,\), n, jnp\.int32\)",
+        r"^AdaBN: .*'mean_sketches' but no 'updates_sketches'.*jnp\.full\(\(3,\), n, jnp\.float",
     ),
     Row(
         "two weights of switchable norm",

@@ -208,11 +208,11 @@ MISTAKES_AT_DOORS = (
         dtype=jnp.complex64,
     )
     + rows(
-        "training statistics stored in bfloat16",
+        "statistics stored as integers",
         TypeError,
-        r"running mean is stored as bfloat16.*mean\.astype\(jnp\.float32\)",
+        r"running mean is stored as int32, .*no statistics.*mean\.astype\(jnp\.float32\)",
         at=LAYERS,
-        stored=jnp.bfloat16,
+        stored=jnp.int32,
     )
     # Mapped axes
     + rows(

@@ -326,13 +326,16 @@ def test_limits_follow_the_step(framework):
     """By the paper's schedules, by default, and by Optax's."""
     x = draw((6, 3))
     ramp = optax.linear_schedule(1.0, 2.0, transition_steps=10)
+    table = jnp.linspace(1.0, 2.0, 11)
     for options, step, limits in (
         ({}, 0, (1.0, 0.0)),
         ({}, 22_500, (2.0, 4.375)),
         ({"rmax": ramp, "dmax": 0.25}, 5, (1.5, 0.25)),
+        # Between the steps that states had before they were averaged.
+        ({"rmax": lambda step: table[step], "dmax": 0.25}, 5.25, (1.5, 0.25)),
     ):
         made = layer(framework, x, **options)
-        stats = made.stats | {"var": jnp.full(3, 0.2), "step": jnp.int32(step)}
+        stats = made.stats | {"var": jnp.full(3, 0.2), "step": jnp.float32(step)}
         y, new = jax.jit(made.train)(made.params, stats, x)
         running = (np.zeros(3), np.full(3, 0.2))
         expected = oracle(np.float64(x), running, rmax=limits[0], dmax=limits[1])
@@ -364,7 +367,7 @@ def test_variables():
         assert {name: str(jax.typeof(leaf)) for name, leaf in made.stats.items()} == {
             "mean": "float32[3]",
             "var": "float32[3]",
-            "step": "int32[]",
+            "step": "float32[]",
         }
         assert set(made.params) == {"scale", "bias"}
 

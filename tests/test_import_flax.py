@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from modules import draw
 from tool_models import branches, image, resnet, vector
 
 import jaxnorm.linen as jnn
@@ -208,6 +209,35 @@ def test_bookkeeping_is_taken_or_dropped():
     assert {"updates", "pending_batches", "pending_mean"} <= set(report.dropped)
     started, _ = import_flax(nnx_norm(update_every=2), linen_norm(), x)
     assert int(started.pending_batches[...]) == 0
+
+
+@pytest.mark.parametrize("kind", ["BatchRenorm", "BatchNorm"])
+@pytest.mark.parametrize("here", FRAMEWORKS)
+def test_the_batch_renorm_that_circulates(here, kind):
+    """A tree as sbx, CrossQ and purejaxql store it; inference is by mean, variance and epsilon."""
+    x = draw((5, 3))
+    mean, var, scale, bias = (draw((3,), seed=seed) for seed in range(1, 5))
+    stats = {"mean": mean, "var": var**2, "steps": 120_000, "r_max": 3, "d_max": 5}
+    other = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
+
+    def layer(**options):
+        options |= {"use_running_average": True}
+        if here == "nnx":
+            return getattr(jnx, kind)(3, rngs=nnx.Rngs(0), **options)
+        module = getattr(jnn, kind)(**options)
+        return module.bind(module.init(jax.random.key(0), x))
+
+    with pytest.raises(ValueError, match=r"epsilon is 1e-05, the source's 0\.001"):
+        import_flax(layer(), other, x)
+    filled, report = import_flax(layer(epsilon=1e-3), other, x)
+    by_hand = [np.float64(array) for array in (x, mean, var**2, scale, bias)]
+    expected = (by_hand[0] - by_hand[1]) / np.sqrt(by_hand[2] + 1e-3) * by_hand[3] + by_hand[4]
+    np.testing.assert_allclose(filled(x), expected, rtol=1e-5, atol=1e-5)
+    renorm = kind == "BatchRenorm"
+    assert set(report.dropped) == {"r_max", "d_max"} | (set() if renorm else {"steps"})
+    assert ("limits r to 3 and d to 5" in str(report)) == renorm
+    if renorm:
+        assert values(filled)["step"] == 120_000
 
 
 @pytest.mark.parametrize("told", [False, True])

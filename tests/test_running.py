@@ -104,6 +104,26 @@ def test_entries_without_evidence_do_not_move(options):
     assert updates.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_the_newest_batch_weighs_by_the_count_whole_or_not(momentum):
+    """As integers, as floats, between them in an average of states, and below 0 as at 0."""
+    batch = jaxnorm.Moments(jnp.ones(1), jnp.ones(1), jnp.ones(1))
+    nothing = jaxnorm.Stats(jnp.zeros(1), jnp.zeros(1))
+
+    def weight(updates):
+        options = {"momentum": momentum, "debias": momentum is not None}
+        new, after = jaxnorm.update_running(nothing, batch, updates=updates, **options)
+        np.testing.assert_allclose(after, updates + 1, rtol=1e-6)
+        assert after.dtype == updates.dtype
+        return float(new.mean[0])
+
+    counts = jnp.array([-0.5, 0.0, 2.4, 3.0, 2.0**24 - 1])
+    expected = np.maximum(counts, 0) + 1.0
+    expected = 1 / expected if momentum is None else 0.1 / (1 - 0.9**expected)
+    np.testing.assert_allclose([weight(n[None]) for n in counts], expected, rtol=1e-5)
+    assert weight(jnp.array([3])) == weight(jnp.array([3.0]))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"debias": True}])
 def test_a_spoiled_batch_is_skipped_as_a_whole(bad, options):

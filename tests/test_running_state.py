@@ -16,6 +16,7 @@ from oracles import batch_norm as oracle
 
 import jaxnorm.linen
 import jaxnorm.nnx
+from jaxnorm.methods.narrow_stats import rounded
 
 BOTH = pytest.mark.parametrize("make", FRAMEWORKS.values(), ids=FRAMEWORKS)
 
@@ -101,7 +102,7 @@ def test_state_keeps_its_dtype(x64, make, dtype, mean_dtype):
     found = train_on(layer, batches)
     chex.assert_trees_all_equal_shapes_and_dtypes(found, layer.stats)
     types = {name: leaf.dtype for name, leaf in found.items()}
-    assert types == {"mean": mean_dtype, "var": jnp.float32, "updates": jnp.int32}
+    assert types == {"mean": mean_dtype, "var": jnp.float32, "updates": jnp.float32}
     wide = batches.astype(jnp.promote_types(dtype, jnp.float64))
     assert_state(found, expected_state(rule, wide, None))
 
@@ -345,7 +346,8 @@ def test_no_warning_where_one_value_is_not_all(make):
 
 
 @BOTH
-def test_statistics_stored_in_bfloat16_serve_inference_only(make):
+def test_statistics_stored_in_bfloat16(make):
+    """They serve inference as they are; training that moves them says what it loses."""
     x = draw(SHAPE)
     layer = make(x, momentum=0.0)
     _, stats = layer.train(layer.params, layer.stats, x)
@@ -353,10 +355,17 @@ def test_statistics_stored_in_bfloat16_serve_inference_only(make):
     widened = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
     found, expected = (layer.infer(layer.params, each, x) for each in (narrow, widened))
     chex.assert_trees_all_close(found, expected, rtol=1e-6)
-    with pytest.raises(TypeError, match="bfloat16"):
+    with pytest.warns(UserWarning, match=r"momentum=0\.0, an average stops within 0% of"):
         layer.train(layer.params, narrow, x)
+    with pytest.warns(UserWarning, match=r"momentum=0\.99, an average stops within 39% of"):
+        make(x).train(layer.params, narrow, x)
     y, _ = layer.train(layer.params, narrow, x, update_stats=False)
     np.testing.assert_allclose(y, oracle(x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_finite_values_stay_finite_in_float16():
+    found = rounded(jnp.array([1e5, -1e5, jnp.inf, 2.5]), jnp.float16)
+    assert found.tolist() == [65504, -65504, jnp.inf, 2.5]
 
 
 def test_linen_starts_statistics_that_are_missing():

@@ -367,6 +367,23 @@ def test_a_masked_nan_does_no_harm():
     close(_mean_entropy(logits, weights, "test"), expected)
 
 
+def test_a_batch_that_is_not_finite_teaches_nothing():
+    """Neither the parameters nor the optimizer: a NaN, and a gradient whose square overflows."""
+    model, x = classifier("linen", np.eye(4)), vector()
+    adaptation = tent(model, optax.adam(0.1), x)
+    step = jax.jit(adaptation.step)
+    _, state = step(adaptation.init(), x)
+    logits, after = step(state, x.at[0, 0].set(jnp.nan))
+    assert not jnp.isfinite(logits).all()
+    close(after, state._replace(skipped=jnp.int32(1)))
+    _, after = step(after, x)
+    close(after, step(state, x)[1]._replace(skipped=jnp.int32(1)))
+
+    steep = tent(model, optax.chain(optax.scale(1e30), optax.adam(0.1)), x)
+    state = steep.init()
+    close(steep.step(state, x)[1], state._replace(skipped=jnp.int32(1)))
+
+
 @frameworks
 def test_strict_promotion_and_nan_checks_are_kept(framework):
     model, x = classifier(framework, np.eye(4)), 1e5 * vector()

@@ -26,11 +26,11 @@ def evidence(size=6):
     return comoments(jnp.zeros((4, size)))
 
 
-def trained_with_narrow_statistics():
+def trained_with_statistics_as(dtype):
     layer = DecorrelatedBatchNorm(use_running_average=False)
     variables = layer.init(KEY, X)
-    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables["batch_stats"])
-    layer.apply({**variables, "batch_stats": narrow}, X, mutable=["batch_stats"])
+    stats = jax.tree.map(lambda leaf: leaf.astype(dtype), variables["batch_stats"])
+    layer.apply({**variables, "batch_stats": stats}, X, mutable=["batch_stats"])
 
 
 ROWS = [
@@ -124,11 +124,14 @@ ROWS = [
         TypeError,
         r"^update_running_covariance: needs jaxnorm\.Comoments, found JointStats",
     ),
-    Row(
-        "running covariance stored in bfloat16",
-        trained_with_narrow_statistics,
-        TypeError,
-        r"^DecorrelatedBatchNorm: .*mean is stored as bfloat16.*mean\.astype\(jnp\.float32\)",
+    *(
+        Row(
+            f"running covariance stored in {dtype}",
+            lambda dtype=dtype: trained_with_statistics_as(dtype),
+            TypeError,
+            rf"^DecorrelatedBatchNorm: .*mean is stored as {dtype}.*mean\.astype\(jnp\.float32\)",
+        )
+        for dtype in ("float8_e4m3fn", "int32")
     ),
     # Options
     Row(

@@ -92,7 +92,8 @@ def debiased_ema(old: Stats, new: Stats, momentum: ArrayLike, updates: ArrayLike
         old: the running estimate, itself a result of this function, or anything at the start.
         new: the estimate of the newest batch, of the same shape.
         momentum: weight of the OLD value, from 0 to below 1, approached as updates accumulate.
-        updates: how many batches `old` has seen; a scalar, or of the shape of `old.var`.
+        updates: how many batches `old` has seen, whole or, in an average of states, a fraction; a
+            scalar, or of the shape of `old.var`. Below 0 it is taken for 0.
 
     Returns:
         `Stats` with the shapes and dtypes of `old`.
@@ -123,7 +124,7 @@ def debiased_ema(old: Stats, new: Stats, momentum: ArrayLike, updates: ArrayLike
 def _debiased(old: Stats, new: Stats, rest: ArrayLike, updates: ArrayLike) -> Stats:
     """`debiased_ema` by 1 - momentum, which has more digits than a momentum near 1."""
     rest = jnp.asarray(rest, old.var.dtype)
-    batches = jnp.asarray(updates, old.var.dtype) + 1
+    batches = _with_the_newest(updates, old)
     # (1 - momentum) / (1 - momentum^t) by expm1: at momentum .99 plain differences lose two digits.
     # For a momentum of 1 it is 1 / t.
     log_momentum = jnp.log1p(-jnp.where(rest > 0, rest, jnp.ones_like(rest)))
@@ -138,7 +139,7 @@ def cumulative_average(old: Stats, new: Stats, updates: ArrayLike) -> Stats:
     Args:
         old: the mean of the first `updates` estimates; anything where that is 0.
         new: the estimate of the newest batch, of the same shape.
-        updates: how many batches `old` has seen; a scalar, or of the shape of `old.var`.
+        updates: how many batches `old` has seen, as in `debiased_ema`.
 
     Returns:
         `Stats` with the shapes and dtypes of `old`.
@@ -155,8 +156,16 @@ def cumulative_average(old: Stats, new: Stats, updates: ArrayLike) -> Stats:
         [4.0]
     """
     _check_estimates(old, new, "cumulative_average")
-    take = 1 / (jnp.asarray(updates, old.var.dtype) + 1)
+    take = 1 / _with_the_newest(updates, old)
     return _blend(old, new, 1 - take, take, "cumulative_average")
+
+
+def _with_the_newest(updates: ArrayLike, old: Stats) -> jax.Array:
+    """How many batches there are with the newest: 1 or more, so that it weighs from 0 to 1.
+
+    An average of states with weights below 0 (extrapolation, a lookahead) may have counted less.
+    """
+    return jnp.maximum(jnp.asarray(updates, old.var.dtype), 0) + 1
 
 
 def bessel(stats: Stats, count: ArrayLike) -> Stats:
@@ -207,8 +216,9 @@ def update_running(
         old: the running estimate, starting at `Stats(0, 1)`.
         batch: evidence of the newest batch, of the same shape.
         momentum: weight of the OLD value, from 0 to 1; None for the cumulative average.
-        updates: int32 of the shape of `old.var`: how many batches moved each entry, starting at 0.
-            Needed for `momentum=None` and for `debias`.
+        updates: of the shape of `old.var`: how many batches moved each entry, starting at 0. Needed
+            for `momentum=None` and for `debias`. float32, so that states can be averaged, which
+            leaves fractions; it counts to 2**24 and stays there. Integers are counted on as such.
         debias: free the average from the pull of its starting value, see `debiased_ema`.
         ddof: 0 stores the biased variance, 1 the unbiased one.
         skip_nonfinite: leave everything as it was if any mean or variance of the batch is NaN or
@@ -259,7 +269,7 @@ def update_running(
     if updates is None and (momentum is None or debias):
         raise ValueError(
             f"update_running: {'debias=True' if debias else 'momentum=None'} depends on how many "
-            f"batches were seen before. Pass updates=jnp.zeros({old.var.shape}, jnp.int32) at the "
+            f"batches were seen before. Pass updates=jnp.zeros({old.var.shape}) at the "
             f"start, and what this function returns from then on."
         )
     # The rest is taken here, while a momentum that is a Python number has all its digits.
@@ -316,7 +326,7 @@ def _same_shape(found: ArrayLike, expected: ArrayLike, what: str, who: str) -> N
         raise ValueError(
             f"{who}: {what} of shape {jnp.shape(found)} does not fit running statistics of shape "
             f"{jnp.shape(expected)}. Give both one entry per feature: "
-            f"jaxnorm.moments(x, axes) over all other axes, updates=jnp.zeros(features, jnp.int32)."
+            f"jaxnorm.moments(x, axes) over all other axes, updates=jnp.zeros(features)."
         )
 
 

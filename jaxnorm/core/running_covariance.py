@@ -29,8 +29,8 @@ def update_running_covariance(
         old: the running estimate, starting at mean 0 and covariance I.
         batch: evidence of the newest batch, of the same groups of features.
         momentum: weight of the OLD value, from 0 to 1; None for the cumulative average.
-        updates: int32 `[groups]`: how many batches moved each group, starting at 0. Needed for
-            `momentum=None` and for `debias`.
+        updates: `[groups]`: how many batches moved each group, starting at 0. Needed for
+            `momentum=None` and for `debias`. float32 or integers, see `update_running`.
         debias: free the average from the pull of its starting value, see `debiased_ema`.
         ddof: 0 stores the biased covariance, 1 the unbiased one.
         skip_nonfinite: leave everything as it was if any mean or covariance of the batch is NaN or

@@ -19,6 +19,7 @@ from jaxnorm.core import checks, precision
 from jaxnorm.core.masks import checked_mask, counting
 from jaxnorm.core.moments import moments
 from jaxnorm.methods import InstanceNorm
+from jaxnorm.methods.narrow_stats import widened
 from jaxnorm.methods.spec import Spec
 from jaxnorm.tools.adapter.kinds import keeps_statistics, spec_of
 from jaxnorm.tools.adapter.marks import harvest, mark
@@ -213,7 +214,7 @@ def _batch_statistics(
     forgetful |= dict(skip_nonfinite=False, update_stats=True, ghost_batch_size=None)
     with _without_warnings():
         _, changed = dataclasses.replace(spec, **forgetful)._transform(
-            values,
+            widened(values),
             x,
             where,
             None if jnp.iscomplexobj(x) else x.dtype,

@@ -107,7 +107,7 @@ class Shell(nn.Module):
             raise ValueError(
                 f"{self._who}: momentum={self.momentum}, debias={self.debias} weigh a batch by how "
                 f"many came before, but '{slot.collection}' has no 'updates', as in a checkpoint "
-                f"of Flax. Add it: jnp.full({slot.shape}, n, jnp.int32), with n the number of "
+                f"of Flax. Add it: jnp.full({slot.shape}, n, jnp.float32), with n the number of "
                 f"training steps so far, or 0 to start the statistics anew."
             )
 

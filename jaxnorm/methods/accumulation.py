@@ -8,6 +8,9 @@ them), each is normalized by its own statistics, since those of the next are not
 running average that moved with each would forget k times as fast, and would never see how the means
 of micro-batches differ. So their evidence waits until all of it is there. Evidence merges exactly:
 what is then stored is what the k micro-batches would have stored as one batch.
+
+Nothing is a count of 0. The mean and variance beside it stay: an average of states that wait for
+different batches then averages means and variances, where zeros would draw them to 0.
 """
 
 import dataclasses
@@ -22,7 +25,7 @@ from jaxnorm.core import checks, precision
 from jaxnorm.core.covariance import Comoments
 from jaxnorm.core.moments import Moments
 from jaxnorm.core.running import all_finite
-from jaxnorm.methods.spec import Slot, Values
+from jaxnorm.methods.spec import COUNT, Slot, Values
 
 Evidence = TypeVar("Evidence", Moments, Comoments)
 
@@ -59,7 +62,7 @@ def pending_slots(stats: Mapping[str, Slot], counted: tuple[int, ...]) -> dict[s
     zeros = jax.nn.initializers.zeros
     real = precision.real_dtype(stats["mean"].dtype)
     return {
-        f"{PREFIX}batches": Slot("batch_stats", (), jnp.int32, zeros),
+        f"{PREFIX}batches": Slot("batch_stats", (), COUNT, zeros),
         f"{PREFIX}count": Slot("batch_stats", counted, real, zeros),
         **{f"{PREFIX}{name}": slot._replace(init=zeros) for name, slot in stats.items()},
     }
@@ -88,17 +91,17 @@ def accumulate(
     kind = type(batch)
     together = merge(kind(**pending), kind(**seen))
     batches = values[f"{PREFIX}batches"] + 1
-    due = batches >= update_every
+    # Rounded, since an average of states may hold 1.9999999 batches, or 1.3.
+    due = jnp.round(batches) >= update_every
 
-    def unless_due(leaf: jax.Array) -> jax.Array:
-        return jnp.where(due, jnp.zeros_like(leaf), leaf)
+    def unless_due(leaf: jax.Array, name: str) -> jax.Array:
+        counts = name in ("count", "batches")
+        return jnp.where(due & (counts | ~jnp.isfinite(leaf)), jnp.zeros_like(leaf), leaf)
 
-    waiting = {
-        f"{PREFIX}{name}": unless_due(getattr(together, name)).reshape(stored[name].shape)
-        for name in names
-    }
+    new = {name: getattr(together, name).reshape(stored[name].shape) for name in names}
+    new |= {"batches": batches}
     count = jnp.where(due, together.count, jnp.zeros_like(together.count))
     return (
         dataclasses.replace(together, count=count),
-        waiting | {f"{PREFIX}batches": unless_due(batches)},
+        {f"{PREFIX}{name}": unless_due(leaf, name) for name, leaf in new.items()},
     )

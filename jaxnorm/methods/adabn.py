@@ -247,7 +247,7 @@ class AdaBN(BatchNorm):
                 f"{who}: 'batch_stats' has {names['mean']!r} but no {names['updates']!r}, the "
                 f"number of batches behind it, which momentum={self.momentum}, "
                 f"debias={self.debias} need. Add it: jnp.full({slots['updates'].shape}, n, "
-                f"jnp.int32), or 0 for n to start anew."
+                f"jnp.float32), or 0 for n to start anew."
             )
         return {
             plain: slots[plain].init(None, slots[plain].shape, slots[plain].dtype)

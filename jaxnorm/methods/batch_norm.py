@@ -177,17 +177,23 @@ class BatchNorm(Affine, RunningStats):
     A drop-in for Flax's `BatchNorm`: the same arguments, variables, defaults and results.
 
     Variables, each with one entry per feature: `scale` and `bias` in `params`; `mean` and `var` in
-    `batch_stats` (NNX: `nnx.Param`, `nnx.BatchStat`), and `updates`, int32, if `debias` is set or
+    `batch_stats` (NNX: `nnx.Param`, `nnx.BatchStat`), and `updates`, if `debias` is set or
     `momentum` is None; a checkpoint of Flax has none, so add it to go on training with these
     options. With several feature axes the shapes are in increasing order of axes. Statistics are
     float32, float64 if `param_dtype` is; the mean is complex if the input is. They never change
     dtype or structure, and no gradient flows into them.
 
+    Counts are float32 too, so that averages of whole states (weight averages, target networks)
+    keep their types; what fractions they then hold is taken as it is. They stop at 2**24. Counts
+    that a checkpoint has as integers, and statistics in bfloat16 or float16, of a model that was
+    cast as a whole, are accepted: they are computed in float32 and stored as found, narrow ones
+    with a warning of what stops moving.
+
     With `update_every` above 1 there are also `pending_count`, `pending_mean` and `pending_var`,
-    what the batches since the last step were like, and `pending_batches`, an int32 scalar, how many
-    they were. In Linen a checkpoint without these serves as well: training starts them at 0 and
-    adds them. To train on inside `jax.lax.scan`, which wants a state that stays alike, add them
-    before, from `layer.init`.
+    what the batches since the last step were like, and `pending_batches`, a scalar, how many they
+    were; right after a step the counts are 0. In Linen a checkpoint without these serves as well:
+    training starts them at 0 and adds them. To train on inside `jax.lax.scan`, which wants a state
+    that stays alike, add them before, from `layer.init`.
 
     Args:
         use_running_average: True normalizes by the running statistics (inference), False by the
@@ -226,8 +232,8 @@ class BatchNorm(Affine, RunningStats):
 
     Raises:
         TypeError: input of 8-bit floats; a complex mask; an epsilon that is no number; a result
-            that `dtype` cannot hold; complex input for real statistics; statistics stored in less
-            than float32; an `update_every` that is no integer.
+            that `dtype` cannot hold; complex input for real statistics; statistics stored in 8 bits
+            or as integers; an `update_every` that is no integer.
         ValueError: contradicting options, missing `use_running_average`, an input or a mask of the
             wrong shape, axes out of range or named twice.
         NameError: `axis_name` is not bound.

@@ -33,7 +33,7 @@ from jaxnorm.core.normalize import normalize
 from jaxnorm.core.running import all_finite, check_running, update_running
 from jaxnorm.core.standardize import Plan, apply_affine, stats_along
 from jaxnorm.methods.batch_norm import BatchNorm
-from jaxnorm.methods.spec import Slot, Values
+from jaxnorm.methods.spec import COUNT, Slot, Values
 
 Schedule = Callable[[ArrayLike], ArrayLike]
 """A number for each training step, as Optax's schedules are."""
@@ -296,16 +296,17 @@ class BatchRenorm(BatchNorm):
     """Batch renormalization with running statistics, for `jaxnorm.linen` and `jaxnorm.nnx`.
 
     Variables: those of `BatchNorm`, with the same names, shapes and dtypes, and `step` in
-    `batch_stats` (NNX: `nnx.BatchStat`), an int32 scalar that counts the training calls that moved
-    the statistics; with `update_every` these are every k-th, and r, d and their limits go by the
-    same running statistics and `step` in all k. A checkpoint of `BatchNorm` can be loaded in Linen:
-    where `step` is missing, inference does without, and training starts the schedules anew and adds
-    it. To train on inside `jax.lax.scan`, which wants a state that stays alike, add it before:
-    `jnp.zeros((), jnp.int32)`.
+    `batch_stats` (NNX: `nnx.BatchStat`), a float32 scalar that counts the training calls that moved
+    the statistics, up to 2**24; with `update_every` these are every k-th, and r, d and their limits
+    go by the same running statistics and `step` in all k. A checkpoint of `BatchNorm` can be loaded
+    in Linen: where `step` is missing, inference does without, and training starts the schedules
+    anew and adds it. To train on inside `jax.lax.scan`, which wants a state that stays alike, add
+    it before: `jnp.zeros(())`.
 
     Args:
         rmax: limit of r: a number, 1 or more, or a schedule of `step`, as Optax's are. 1 together
-            with `dmax=0` is batch norm.
+            with `dmax=0` is batch norm. Schedules get an int32, in an average of states the
+            nearest one.
         dmax: limit of d: a number, 0 or more, or a schedule of `step`.
         running_var: `"biased"`, of the kind that the batch's is compared with.
         use_running_average, axis, momentum, epsilon, dtype, param_dtype, use_bias, use_scale,
@@ -324,7 +325,12 @@ class BatchRenorm(BatchNorm):
     Differs:
         From the paper: `var` is stored, such that sqrt(var + epsilon) is the paper's running sigma;
         the statistics start at (0, 1). From Keras's `renorm`: limits from the start, where Keras
-        has none.
+        has none. From the module for Flax that circulates in copies (sbx, CrossQ, purejaxql): it
+        averages the variance, here as in the paper sigma is averaged. It normalizes by the mean
+        `mean - d sqrt(var) / r` and the variance `var / r^2`, and adds epsilon to the latter, so
+        that r and d are not those of Algorithm 1 where the variance is not far above epsilon, which
+        is 1e-3 there. Its limits jump from (1, 0) to (3, 5) after a warm-up, 100,000 steps or
+        1,000; these are ramps by default. Inference is the same. `import_flax` takes its state.
     """
 
     _: dataclasses.KW_ONLY
@@ -341,7 +347,7 @@ class BatchRenorm(BatchNorm):
             )
 
     def _slots(self, features: tuple[int, ...], is_complex: bool, who: str) -> dict[str, Slot]:
-        step = Slot("batch_stats", (), jnp.int32, jax.nn.initializers.zeros)
+        step = Slot("batch_stats", (), COUNT, jax.nn.initializers.zeros)
         return super()._slots(features, is_complex, who) | {"step": step}
 
     def _transform(
@@ -360,7 +366,8 @@ class BatchRenorm(BatchNorm):
             mode = dict(initializing=initializing, update_stats=update_stats)
             return super()._transform(values, x, mask, dtype, who, use_running_average=True, **mode)
         stored = self._stored(values, x, who)
-        step = _step(values)
+        # Schedules may look a step up in a table; an average of states holds fractions of steps.
+        step = jnp.round(_step(values)).astype(jnp.int32)
         rmax, dmax = (limit(step) if callable(limit) else limit for limit in (self.rmax, self.dmax))
         y, batch = self._by_batches(batch_renorm, initializing)(
             x,
@@ -385,16 +392,17 @@ class BatchRenorm(BatchNorm):
     ) -> dict[str, jax.Array]:
         changed = super()._blended(values, *_by_deviation(stored, batch, self.epsilon), ddof)
         var = _variance(changed["var"], stored.var, self.epsilon)
-        return changed | {"var": var, "step": _step(values) + self._counts(batch)}
+        step = _step(values)
+        return changed | {"var": var, "step": step + self._moves(batch).astype(step.dtype)}
 
-    def _counts(self, batch: Moments) -> jax.Array:
-        """Whether a batch moves any statistics, and so counts as a step: 1 or 0."""
+    def _moves(self, batch: Moments) -> jax.Array:
+        """Whether a batch moves any statistics, and so counts as a step."""
         moves = (batch.count > 0).any()
         if self.skip_nonfinite:
             moves &= all_finite(batch)
-        return moves.astype(jnp.int32)
+        return moves
 
 
 def _step(values: Values) -> jax.Array:
     """How many steps the schedules have gone; none where a checkpoint does not say."""
-    return values["step"] if "step" in values else jnp.zeros((), jnp.int32)
+    return values["step"] if "step" in values else jnp.zeros((), COUNT)

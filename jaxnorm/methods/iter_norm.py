@@ -181,10 +181,10 @@ class IterNorm(RunningCovariance):
 
     Variables: `scale` and `bias`, one entry per feature, in `params`; in `batch_stats` `mean`,
     `[features]`, and `cov`, `[groups, group size, group size]` (NNX: `nnx.Param`, `nnx.BatchStat`);
-    and `updates`, int32 `[groups]`, if `debias` is set or `momentum` is None. Statistics are
-    float32, float64 if `param_dtype` is. They never change dtype or structure, and no gradient
-    flows into them. With `update_every` above 1 there are also `pending_count`, `pending_mean`,
-    `pending_cov` and `pending_batches`, as those of `BatchNorm`.
+    and `updates`, `[groups]`, if `debias` is set or `momentum` is None. Statistics are float32,
+    float64 if `param_dtype` is. They never change dtype or structure, and no gradient flows into
+    them. With `update_every` above 1 there are also `pending_count`, `pending_mean`, `pending_cov`
+    and `pending_batches`. Counts, and what a checkpoint has in other dtypes, are as in `BatchNorm`.
 
     Args:
         use_running_average: True whitens by the running statistics (inference), False by the
@@ -225,7 +225,7 @@ class IterNorm(RunningCovariance):
 
     Raises:
         TypeError: complex input, or floats of 8 bits; a complex mask; an epsilon that is no number;
-            a result that `dtype` cannot hold; statistics stored in less than float32.
+            a result that `dtype` cannot hold; statistics stored in 8 bits or as integers.
         ValueError: contradicting options, groups that do not divide the features, missing
             `use_running_average`, an input or a mask of the wrong shape, several feature axes.
         NameError: `axis_name` is not bound.

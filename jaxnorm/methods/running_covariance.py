@@ -17,7 +17,8 @@ from jaxnorm.core.feature_groups import feature_axis, group_shape
 from jaxnorm.core.running_covariance import update_running_covariance
 from jaxnorm.methods.accumulation import accumulate
 from jaxnorm.methods.affine import Affine
-from jaxnorm.methods.running_stats import RunningStats, check_width
+from jaxnorm.methods.narrow_stats import widened, widened_stat
+from jaxnorm.methods.running_stats import RunningStats
 from jaxnorm.methods.spec import Slot, Values
 
 
@@ -69,8 +70,8 @@ class RunningCovariance(Affine, RunningStats):
         use_running_average: bool,
         update_stats: bool,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        cov = values["cov"]
-        stored = lax.stop_gradient(JointStats(values["mean"].reshape(cov.shape[:2]), cov))
+        mean, cov = (widened_stat(values[name], name, who) for name in ("mean", "cov"))
+        stored = lax.stop_gradient(JointStats(mean.reshape(cov.shape[:2]), cov))
         affine = self._affine(values, x)
         options: dict[str, Any] = dict(axis=self.axis, where=mask, epsilon=self.epsilon)
         options |= dict(dtype=dtype, who=who)
@@ -91,11 +92,10 @@ class RunningCovariance(Affine, RunningStats):
         self: Any, values: Values, stored: JointStats, batch: Comoments, who: str
     ) -> dict[str, jax.Array]:
         """The new values of the running statistics after a batch with this evidence."""
-        check_width({"mean": stored.mean, "cov": stored.cov}, who)
-        batch, pending = lax.stop_gradient(batch), {}
+        batch, pending, wide = lax.stop_gradient(batch), {}, widened(values)
         if self.update_every > 1:
             batch, pending = accumulate(
-                values,
+                wide,
                 batch,
                 self.update_every,
                 merge=merge_comoments,
@@ -105,13 +105,14 @@ class RunningCovariance(Affine, RunningStats):
             stored,
             batch,
             momentum=self.momentum,
-            updates=values.get("updates"),
+            updates=wide.get("updates"),
             debias=self.debias,
             ddof=int(self.running_var == "unbiased"),
             skip_nonfinite=self.skip_nonfinite,
         )
         changed = pending | {"mean": new.mean.reshape(-1), "cov": new.cov}
-        return changed if updates is None else changed | {"updates": updates}
+        changed |= {} if updates is None else {"updates": updates}
+        return self._as_found(changed, values, who)
 
     def _warn_of_few_examples(self: Any, x: jax.Array, cov: jax.Array, who: str) -> None:
         groups, size, _ = cov.shape

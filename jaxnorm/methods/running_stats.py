@@ -12,9 +12,16 @@ from jax import lax
 from jaxnorm.core import precision
 from jaxnorm.core.moments import Moments, Stats, merge
 from jaxnorm.core.running import check_averaging, placed_like, update_running
-from jaxnorm.methods.accumulation import accumulate, check_update_every, pending_slots
+from jaxnorm.methods.accumulation import PREFIX, accumulate, check_update_every, pending_slots
 from jaxnorm.methods.ghost_batches import Norm, check_groups, check_size, ghost_batches
-from jaxnorm.methods.spec import Slot, Spec, Values
+from jaxnorm.methods.narrow_stats import (
+    counts_to,
+    rounded,
+    warn_of_rounding,
+    widened,
+    widened_stat,
+)
+from jaxnorm.methods.spec import COUNT, Slot, Spec, Values
 
 
 @dataclasses.dataclass(eq=False, repr=False, kw_only=True)
@@ -102,14 +109,15 @@ class RunningStats(Spec):
         """Running statistics and what it takes to move them, with counts of the shape `counted`."""
         slots = dict(stats)
         if self.debias or self.momentum is None:
-            slots["updates"] = Slot("batch_stats", counted, jnp.int32, jax.nn.initializers.zeros)
+            slots["updates"] = Slot("batch_stats", counted, COUNT, jax.nn.initializers.zeros)
         if self.update_every > 1:
             slots |= pending_slots(stats, counted)
         return slots
 
     def _stored(self, values: Values, x: jax.Array, who: str) -> Stats:
-        """The running statistics, through which no gradient passes."""
-        stats = lax.stop_gradient(Stats(values["mean"], values["var"]))
+        """The running statistics in float32 or wider, through which no gradient passes."""
+        mean, var = (widened_stat(values[name], name, who) for name in ("mean", "var"))
+        stats = lax.stop_gradient(Stats(mean, var))
         if precision.is_complex(x.dtype) and not precision.is_complex(values["mean"].dtype):
             raise TypeError(
                 f"{who}: the input is {x.dtype}, but the running mean is stored as "
@@ -140,18 +148,38 @@ class RunningStats(Spec):
 
         `ddof` is what is taken off the count in its variance, by default what the options say.
         """
-        check_width({"mean": stored.mean, "var": stored.var}, who)
-        batch = lax.stop_gradient(batch)
-        if self.update_every == 1:
-            return self._blended(values, stored, batch, ddof)
-        due, pending = accumulate(
-            values,
-            placed_like(stored, batch),
-            self.update_every,
-            merge=self._merged,
-            skip_nonfinite=self.skip_nonfinite,
-        )
-        return self._blended(values, stored, due, ddof) | pending
+        batch, pending, wide = lax.stop_gradient(batch), {}, widened(values)
+        if self.update_every > 1:
+            batch, pending = accumulate(
+                wide,
+                placed_like(stored, batch),
+                self.update_every,
+                merge=self._merged,
+                skip_nonfinite=self.skip_nonfinite,
+            )
+        return self._as_found(self._blended(wide, stored, batch, ddof) | pending, values, who)
+
+    def _as_found(
+        self: Any, changed: Mapping[str, jax.Array], values: Values, who: str
+    ) -> dict[str, jax.Array]:
+        """The new values in the dtypes of the old ones, so that a state keeps its types.
+
+        Raises:
+            ValueError: the count of batches cannot reach `update_every` in its dtype.
+        """
+        found = {name: values[name] for name in changed if name in values}
+        batches = found.get(f"{PREFIX}batches")
+        if batches is not None and self.update_every > counts_to(batches.dtype):
+            raise ValueError(
+                f"{who}: update_every={self.update_every} batches are counted in {batches.dtype}, "
+                f"which holds whole numbers up to {counts_to(batches.dtype)}. Store the count in "
+                f"float32: {PREFIX}batches.astype(jnp.float32)."
+            )
+        warn_of_rounding(found, self.momentum, type(self).__name__)
+        return {
+            name: rounded(leaf, found[name].dtype) if name in found else leaf
+            for name, leaf in changed.items()
+        }
 
     def _merged(self, pending: Moments, batch: Moments) -> Moments:
         """The evidence of batches together."""
@@ -196,14 +224,4 @@ class RunningStats(Spec):
                 f"bias whatever the input, and the running variance decays to 0. Use larger "
                 f"batches, or use_running_average=True.",
                 stacklevel=2,
-            )
-
-
-def check_width(stored: Mapping[str, jax.Array | None], who: str) -> None:
-    """Raises TypeError for running statistics, by name, that are narrower than float32."""
-    for name, leaf in stored.items():
-        if leaf is not None and jnp.finfo(leaf.dtype).bits < 32:
-            raise TypeError(
-                f"{who}: the running {name} is stored as {leaf.dtype}, in which a moving average "
-                f"stops moving. Store the statistics in float32: {name}.astype(jnp.float32)."
             )

@@ -14,11 +14,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxnorm.core.devices import Devices, axis_names, check_bound, devices, is_bound
 
 Initializer = Callable[..., Any]
 Values = Mapping[str, jax.Array]
+
+
+COUNT = jnp.float32
+"""The dtype of counts, of steps and batches.
+
+Floats, since whole states are averaged (weight averages, target networks), and averages of integers
+are floats: the state would change its dtype. Exact up to 2**24; there a count stays.
+"""
 
 
 class Slot(NamedTuple):

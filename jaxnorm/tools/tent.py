@@ -13,6 +13,7 @@ tells them from others, nor without end: entropy can fall to 0 by predicting one
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -38,11 +39,14 @@ class TentState(NamedTuple):
         params: the scales and biases that adapt, by their paths, `"block1/norm/scale"`.
         opt_state: the optimizer's.
         source: all arrays of the model that was given. They never change.
+        skipped: how many optimizer steps were left out because they would have put NaN or infinite
+            values into `params` or `opt_state`; an int32 scalar.
     """
 
     params: dict[str, jax.Array]
     opt_state: Any
     source: Arrays
+    skipped: jax.Array
 
 
 class Tent(NamedTuple):
@@ -117,7 +121,9 @@ def tent(
             range; logits of fewer than two classes.
 
     Numerics:
-        The loss is computed in float32 or wider. A class of probability 0 adds 0 to it.
+        The loss is computed in float32 or wider. A class of probability 0 adds 0 to it. A step that
+        would put NaN or infinite values into the parameters or the optimizer's state, as a batch
+        with a NaN does, is left out and counted, `state.skipped`; its logits are what they are.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -170,7 +176,7 @@ def tent(
 
     def init() -> TentState:
         params = {name: jnp.copy(source[key]) for name, key in keys.items()}
-        return TentState(params, optimizer.init(params), fresh(source))
+        return TentState(params, optimizer.init(params), fresh(source), jnp.zeros((), jnp.int32))
 
     def one_step(
         state: TentState, batch: Any, mask: ArrayLike | None
@@ -181,15 +187,19 @@ def tent(
 
         gradient, logits = jax.grad(loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return logits, state._replace(params=params, opt_state=opt_state)
+        new = optax.apply_updates(state.params, updates), opt_state
+        old = state.params, state.opt_state
+        sound = _stays_finite(new, old)
+        params, opt_state = jax.tree.map(partial(jnp.where, sound), new, old)
+        skipped = state.skipped + (~sound).astype(jnp.int32)
+        return logits, state._replace(params=params, opt_state=opt_state, skipped=skipped)
 
     def step(
         state: TentState, batch: Any, mask: ArrayLike | None = None
     ) -> tuple[jax.Array, TentState]:
         if episodic:
             params = {name: state.source[key] for name, key in keys.items()}
-            state = TentState(params, optimizer.init(params), state.source)
+            state = state._replace(params=params, opt_state=optimizer.init(params))
         if steps > 1:
             state = lax.fori_loop(
                 0, steps - 1, lambda _, state: one_step(state, batch, mask)[1], state
@@ -204,6 +214,21 @@ def tent(
         return known.rebuilt(arrays)
 
     return Tent(init, step, predict, rebuilt, tuple(map("/".join, adapted)), left)
+
+
+def _stays_finite(new: Any, old: Any) -> jax.Array:
+    """Whether nothing that was finite has become NaN or infinite.
+
+    Not by the gradient, as `optax.apply_if_finite`: a finite one whose square overflows would stay
+    in Adam's state for good. What an optimizer holds as infinite by design counts for finite.
+    """
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    each = [
+        (jnp.isfinite(after) | ~jnp.isfinite(before)).all()
+        for after, before in pairs
+        if jnp.issubdtype(jnp.result_type(after), jnp.inexact)
+    ]
+    return jnp.stack(each).all()
 
 
 def entropy(logits: ArrayLike) -> jax.Array:

@@ -22,6 +22,7 @@ from jaxnorm.core.covariance import Comoments, JointStats, merge_comoments
 from jaxnorm.core.moments import Moments, Stats
 from jaxnorm.methods import AdaBN, InstanceNorm
 from jaxnorm.methods.accumulation import PREFIX
+from jaxnorm.methods.narrow_stats import rounded, widened
 from jaxnorm.methods.running_covariance import RunningCovariance
 from jaxnorm.tools.adapter.kinds import calls_as_its_kind, keeps_statistics, spec_of
 from jaxnorm.tools.adapter.marks import Marked, harvest, mark
@@ -69,7 +70,8 @@ class Collector:
             more.
 
     Raises:
-        TypeError: a norm whose statistics are narrower than float32.
+        TypeError: a norm whose statistics are cast on the way to it, or stored in 8 bits or as
+            integers.
         ValueError: a norm that a user's subclass calls in its own way, whose statistics are not
             stored as they are, or that lies in a loop.
     """
@@ -142,7 +144,7 @@ class Collector:
         }
 
     def stored(self, arrays: Arrays) -> dict[Path, Estimate]:
-        """The statistics that are stored, with an axis of places before all others."""
+        """The statistics that are stored, in float32 or wider; their first axis is of places."""
         return {path: _read(norm, arrays) for path, norm in self.norms.items()}
 
     def estimates(self, arrays: Arrays, evidence: Mapping[Path, Any]) -> dict[Path, Estimate]:
@@ -159,7 +161,7 @@ class Collector:
             norm = self.norms[path]
             for name, key in norm.keys.items():
                 places = norm.places[name]
-                leaf = getattr(estimate, name).reshape(places.shape).astype(new[key].dtype)
+                leaf = rounded(getattr(estimate, name).reshape(places.shape), new[key].dtype)
                 new[key] = new[key].ravel().at[places].set(leaf).reshape(new[key].shape)
         return new
 
@@ -195,7 +197,7 @@ class Collector:
         values = {
             # NNX may keep the variables of several feature axes flat.
             name: value.reshape(slots[name].shape) if name in slots else value
-            for name, value in call.values.items()
+            for name, value in widened(call.values).items()
         }
         values |= {
             name: jnp.zeros(slot.shape, slot.dtype)
@@ -214,7 +216,7 @@ class Collector:
             if not warn:
                 warnings.simplefilter("ignore")
             by_batch, changed = transform(values, use_running_average=False, update_stats=True)
-        own = call.values
+        own = widened(call.values)
         seen = {name: changed[norm.name(f"{PREFIX}{name}")] for name in ("count", *norm.roles)}
         stored = {role: own[norm.name(role)] for role in norm.roles}
         if "cov" in seen:
@@ -344,19 +346,19 @@ class _Numbers:
         for key, start in zip(self._keys, self._ends, strict=False):
             leaf = self._arrays[key]
             numbers = np.arange(1, leaf.size + 1).reshape(leaf.shape) + start
-            high[key] = jnp.asarray(numbers // self._BASE, leaf.dtype)
-            low[key] = jnp.asarray(numbers % self._BASE, leaf.dtype)
+            dtype = widened({"": leaf})[""].dtype  # half precision counts to 2048, or to 256
+            high[key] = jnp.asarray(numbers // self._BASE, dtype)
+            low[key] = jnp.asarray(numbers % self._BASE, dtype)
         return high, low
 
     def read(
         self, high: jax.Array, low: jax.Array, lifted: int, who: str
     ) -> tuple[Path, np.ndarray]:
         """The variable, and the positions in it, of which these numbers tell."""
-        if jnp.promote_types(high.dtype, jnp.float32) != high.dtype:
+        if not jnp.issubdtype(high.dtype, jnp.inexact) or jnp.finfo(high.dtype).bits < 32:
             raise TypeError(
-                f"{who}: its statistics are {high.dtype}, but must be float32 or wider. Cast them: "
-                f"jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables['batch_stats']), "
-                f"or in NNX of nnx.state(model, nnx.BatchStat) and then nnx.update."
+                f"{who}: its statistics come to it as {high.dtype}. Store them in float32 or "
+                f"bfloat16, and hand them to the norm as they are stored."
             )
         parts = [np.real(np.asarray(part)).astype(np.float64) for part in (high, low)]
         numbers = parts[0] * self._BASE + parts[1] - 1
@@ -431,8 +433,9 @@ def _pooled(norm: Norm, found: Sequence[Marked]) -> Evidence:
 
 
 def _read(norm: Norm, arrays: Arrays) -> Estimate:
-    """The stored statistics of a norm, with an axis of places before all others."""
+    """The stored statistics of a norm, in float32 or wider; their first axis is of places."""
     stored = {role: arrays[key].ravel()[norm.places[role]] for role, key in norm.keys.items()}
+    stored = widened(stored)
     if "cov" in stored:
         stored["mean"] = stored["mean"].reshape(stored["cov"].shape[:-1])
         return JointStats(**stored)

@@ -22,8 +22,12 @@ from jaxnorm.tools.importing.targets import TargetLayer, beside_layers, target_l
 COLLECTIONS = ("params", "batch_stats")
 OPTIONS = ("epsilon", "momentum", "running_var", "debias", "zero_centered_scale")
 """What is read off the norms of a model: what changes what its arrays mean."""
-BOOKKEEPING = re.compile("updates|step|pending_.*")
+BOOKKEEPING = re.compile("updates|step|pending_.*|r_max|d_max")
 """What a norm without the options that need it can do without."""
+RENORM = ("steps", "r_max", "d_max")
+"""What the batch renorm that circulates among Flax users keeps beside `mean` and `var`."""
+RENORM_EPSILON = 1e-3
+"""The default of all its copies."""
 
 
 def import_flax(
@@ -40,7 +44,9 @@ def import_flax(
     """Fills a model with the variables of another Flax model, of either framework.
 
     All layers, ours and Flax's, and all other parameters and statistics. Options of norms are
-    compared. What does not fit is listed, never guessed.
+    compared. What does not fit is listed, never guessed. The batch renorm that circulates in copies
+    (sbx, CrossQ, purejaxql), which keeps `steps`, `r_max` and `d_max`, fills `BatchRenorm`, or
+    `BatchNorm` for inference; its epsilon is taken for 1e-3, the default of these copies.
 
     Args:
         model: an `nnx.Module`, or a Linen module bound to its variables, `model.bind(variables)`.
@@ -190,6 +196,27 @@ class _Reader(NamedTuple):
 
     def read(self, target: TargetLayer, local: Mapping[str, np.ndarray]) -> SourceLayer:
         """The arrays of a layer of the other model, for a layer of this one."""
+        if method_of(target.layer) is not None and local.keys() >= {*RENORM}:
+            return self._of_renorm(target, local)
+        return self._alike(target, local)
+
+    def _of_renorm(self, target: TargetLayer, local: Mapping[str, np.ndarray]) -> SourceLayer:
+        """Those of the batch renorm that circulates: sbx, CrossQ, purejaxql."""
+        read = self._alike(target, {"step" if k == "steps" else k: v for k, v in local.items()})
+        r_max, d_max = (float(np.max(local[name])) for name in ("r_max", "d_max"))
+        note = (
+            f"the source limits r to {r_max:g} and d to {d_max:g} once its warm-up of some steps "
+            f"is over. To train on alike: rmax=lambda step: jnp.where(step < warm_up, 1.0, "
+            f"{r_max:g}), dmax=lambda step: jnp.where(step < warm_up, 0.0, {d_max:g})"
+        )
+        return read._replace(
+            keys={**read.keys, "step": ("steps",)},
+            options={"epsilon": RENORM_EPSILON},
+            notes=(note,) if target.kind == "BatchRenorm" else (),
+        )
+
+    def _alike(self, target: TargetLayer, local: Mapping[str, np.ndarray]) -> SourceLayer:
+        """Those of a layer whose variables are named as ours."""
         droppable = frozenset(filter(BOOKKEEPING.fullmatch, local))
         arrays = {
             role: self._shaped(self._along(local[role], target), target, role)

@@ -20,6 +20,8 @@ from jaxnorm.tools.importing.report import ImportReport
 from jaxnorm.tools.importing.targets import VARIABLE, TargetLayer, target_layers
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+COUNTS = ("updates", "step", "pending_batches")
+"""What names of variables that count begin with: floats in ours, integers elsewhere."""
 
 
 class SourceLayer(NamedTuple):
@@ -220,7 +222,9 @@ class _Filling:
             new = np.stack(found, name.axis) if isinstance(name, Stack) else found[0]
         except (ValueError, np.exceptions.AxisError):
             new = None
-        if new is None or new.shape != old.shape or not _same_numbers(new.dtype, old.dtype):
+        counts = who.rpartition("/")[2].startswith(COUNTS)
+        alike = new is not None and (counts or _same_numbers(new.dtype, old.dtype))
+        if new is None or new.shape != old.shape or not alike:
             stacked = f" of {len(found)}" if isinstance(name, Stack) else ""
             self.misshaped.append(
                 f"'{who}' {old.dtype}{tuple(old.shape)} from {', '.join(map(repr, keys))}{stacked} "

@@ -207,7 +207,8 @@ def _written_norm(target: TargetLayer, arrays: Mapping[str, np.ndarray]) -> dict
     written = {}
     for role, leaf in arrays.items():
         if role == "updates":
-            written[COUNT] = np.asarray(leaf.max(), np.int64)
+            # Whole in PyTorch; an average of states may hold a fraction.
+            written[COUNT] = np.asarray(np.rint(leaf.max()), np.int64)
             continue
         if role == "scale" and getattr(target.layer, "zero_centered_scale", False):
             leaf = shifted(leaf, 1)

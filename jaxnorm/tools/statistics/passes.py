@@ -172,9 +172,10 @@ class Study:
         if self._blend:
             blend = self._blend(examples)
             estimates = {path: blend(source[path], new) for path, new in estimates.items()}
-        old = self._collector.stored(before)
-        settled = {path: _alike(old[path], new, tolerance) for path, new in estimates.items()}
-        return self._collector.written(before, estimates), settled
+        # Compared as they are stored: what is rounded would never settle on what is not.
+        after = self._collector.written(before, estimates)
+        old, new = self._collector.stored(before), self._collector.stored(after)
+        return after, {path: _alike(old[path], new[path], tolerance) for path in self._norms}
 
     def _opened(self, number: int) -> tuple[Any, Iterator[Any]]:
         """The first batch of a pass, and an iterator over the others."""

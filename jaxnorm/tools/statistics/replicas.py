@@ -5,6 +5,7 @@ used in inference, is one model. An average of the variances, as by `jax.lax.pme
 the replicas' means lie apart. Here they are pooled: see `jaxnorm.pool_stats`.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +25,9 @@ _ROLE_AND_DOMAIN = re.compile(
     "((?:pending_)?(?:mean|var|cov)|pending_count|pending_batches|updates|step)(_.*)?"
 )
 """The name of a norm's variable: what it is and, with `AdaBN`, of which domain."""
+
+_COUNTS = ("updates", "step", "pending_batches")
+"""The roles of variables of which replicas have the largest."""
 
 Path = tuple[str, ...]
 
@@ -143,7 +147,7 @@ def merge_replicas(
         if set(path) & set(take_first):
             merged[i] = replicas.first(leaves[i])
         elif set(path) & set(average):
-            counts = jnp.issubdtype(leaves[i].dtype, jnp.integer)
+            counts = role_and_domain is not None and role_and_domain[1] in _COUNTS
             merged[i] = replicas.largest(leaves[i]) if counts else replicas.average(leaves[i])
         elif role_and_domain is None:
             unknown.append(path)
@@ -187,11 +191,7 @@ def _merged_norm(
     values: Mapping[str, jax.Array], weights: ArrayLike | None, replicas: _Replicas, who: str
 ) -> dict[str, jax.Array]:
     """The variables of one norm, of all replicas together."""
-    merged = {
-        role: replicas.largest(values[role])
-        for role in ("updates", "step", "pending_batches")
-        if role in values
-    }
+    merged = {role: replicas.largest(values[role]) for role in _COUNTS if role in values}
     if weights is None and "updates" in values:
         # Where no replica saw anything all still hold what they started with.
         untouched = replicas.like_each(merged["updates"] == 0)
@@ -205,7 +205,10 @@ def _merged_norm(
         stats = pool_stats(stats, weights=weights, who=who, **replicas.options)
     merged |= vars(stats)
     if "pending_count" in values:
+        # Where nothing waits, what stands beside the count 0 is merged as if it were of one value.
+        nothing = replicas.largest(values["pending_count"]) == 0
         count, mean = values["pending_count"], values["pending_mean"]
+        count = jnp.where(replicas.like_each(nothing), jnp.ones_like(count), count)
         if "cov" in values:
             cov = values["pending_cov"]
             evidence = pool_comoments(
@@ -213,6 +216,8 @@ def _merged_norm(
             )
         else:
             evidence = pool(Moments(count, mean, values["pending_var"]), **replicas.options)
+        counted = jnp.where(nothing, jnp.zeros_like(evidence.count), evidence.count)
+        evidence = dataclasses.replace(evidence, count=counted)
         merged |= {f"pending_{name}": leaf for name, leaf in vars(evidence).items()}
     return merged
 
