@@ -303,6 +303,30 @@ def test_jit_and_remat_change_nothing(name):
 
 
 @ALL
+def test_one_call_is_one_call(name):
+    """For Flax's interceptors, which are shown every method that Flax wraps."""
+    model, calls = getattr(ours, name)(nn.Dense(4)), []
+
+    def times_two(next_function, args, kwargs, context):
+        y = next_function(*args, **kwargs)
+        if not isinstance(context.module, type(model)):
+            return y
+        calls.append(context.method_name)
+        return 2 * y
+
+    @jax.jit
+    def run(x):
+        variables = model.init(KEY, x, **call(name))
+        with nn.intercept_methods(times_two):
+            doubled = model.apply(variables, x, **call(name, train=False))
+        return doubled, model.apply(variables, x, **call(name, train=False))
+
+    doubled, y = run(X)
+    assert calls == ["__call__"]
+    chex.assert_trees_all_equal(doubled, 2 * y)
+
+
+@ALL
 def test_scan_and_vmap_are_loops(name):
     scanned = nn.scan(Block, length=2, **AXES)(name)
     mapped = nn.vmap(Block, in_axes=None, axis_size=2, **AXES)(name)
