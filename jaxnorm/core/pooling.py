@@ -194,7 +194,7 @@ def _by_one_pass(look: Look, parts: Parts, shift: jax.Array, epsilon: float) -> 
     # Asked so that NaN says no, and of all groups, since all must go the same way.
     near = precision.abs_square(first) <= NEAR**2 * (new_var + epsilon)
     near = (near & jnp.isfinite(new_var)).all()
-    if parts.over is None and math.prod(parts.shape) < SMALL:
+    if parts.over is None and ax.surely(lambda: math.prod(parts.shape) < SMALL):
         near &= divided()  # else a constant False, for which the compiler drops a branch
 
     new_mean, new_var = shift + parts.own(first), parts.own(new_var)
