@@ -23,6 +23,7 @@ from jaxnorm.core.devices import AxisName, Devices, devices
 from jaxnorm.core.feature_groups import feature_axis, group_shape, placed_by_compiler, split
 from jaxnorm.core.matrix_roots import symmetric
 from jaxnorm.core.moments import clean
+from jaxnorm.core.plain import is_plain
 from jaxnorm.core.pooling import reciprocal
 
 
@@ -58,8 +59,7 @@ class JointView(NamedTuple):
         return split(where, self.axis, 1).astype(precision.accumulation_dtype(x.dtype))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _comoments_in_groups(
+def _comoments_plainly(
     view: JointView, x: jax.Array, where: jax.Array | None, shift: jax.Array | None
 ) -> Comoments:
     def by_group(x, where, shift) -> Comoments:
@@ -75,6 +75,9 @@ def _comoments_in_groups(
 
     placed = placed_by_compiler(by_group, x, view.axis, result="summary")
     return placed(x, where, shift)
+
+
+_comoments_in_groups = jax.custom_jvp(_comoments_plainly, nondiff_argnums=(0,))
 
 
 def _tangent_of_comoments(view: JointView, primals, tangents):
@@ -115,8 +118,14 @@ def _tangent_of_comoments(view: JointView, primals, tangents):
 
 
 _comoments_in_groups.defjvp(_tangent_of_comoments, symbolic_zeros=True)
-comoments_in_groups = jax.jit(_comoments_in_groups, static_argnums=0, inline=True)
-"""`comoments` after the door."""
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def comoments_in_groups(
+    view: JointView, x: jax.Array, where: jax.Array | None, shift: jax.Array | None
+) -> Comoments:
+    """`comoments` after the door."""
+    return (_comoments_plainly if is_plain() else _comoments_in_groups)(view, x, where, shift)
 
 
 def comoments(

@@ -27,8 +27,9 @@ from jaxnorm.core import axes as ax
 from jaxnorm.core.devices import all_varying, placement
 from jaxnorm.core.kernels import primitives as kernels
 from jaxnorm.core.moments import Moments, Stats, clean, moments_keeping_axes
+from jaxnorm.core.plain import is_plain, recomputed
 from jaxnorm.core.pooling import reciprocal
-from jaxnorm.core.standardize import Plan, apply_affine, apply_stats
+from jaxnorm.core.standardize import Plan, apply_affine, apply_stats, normalize_plainly
 from jaxnorm.core.tangent import tangent
 
 Hint = jax.Array | Moments | None
@@ -121,6 +122,8 @@ def normalize_fused(
     hint: Hint = None,
 ) -> tuple[jax.Array, Moments]:
     """`normalize_plainly` with the derivative rule above, and with a hint of the moments."""
+    if is_plain():
+        return normalize_plainly(plan, x, scale, bias, where)
     if _without_kernels(plan, x, scale, bias, where, hint) is None:
         # Under `shard_map`, what gradients sum over devices is summed by the transpose of this.
         x, scale, bias = all_varying(x, scale, bias)
@@ -142,4 +145,4 @@ def normalize_by(
         y = apply_stats(clean(x, where), stats, plan.epsilon)
         return apply_affine(y, scale, bias).astype(plan.dtype)
 
-    return jax.checkpoint(plainly, prevent_cse=False)(x, stats, scale, bias)
+    return recomputed(plainly)(x, stats, scale, bias)

@@ -36,6 +36,7 @@ from jaxnorm.core.feature_groups import (
 from jaxnorm.core.matrix_roots import inverse_square_root, newton_inverse_square_root
 from jaxnorm.core.moments import clean, shift_along
 from jaxnorm.core.normalize import output_dtype
+from jaxnorm.core.plain import recomputed
 from jaxnorm.core.standardize import apply_affine, feature_along, result_dtype
 
 
@@ -91,7 +92,7 @@ def whiten_by_stats(
         y = apply_matrix(clean(x, where), mean, matrix, plan.axis)
         return apply_affine(y, scale, bias).astype(plan.dtype)
 
-    return jax.checkpoint(apply, prevent_cse=False)(x, stats.mean, matrix, scale, bias)
+    return recomputed(apply)(x, stats.mean, matrix, scale, bias)
 
 
 def apply_matrix(x: jax.Array, mean: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:

@@ -27,6 +27,7 @@ from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, devices
 from jaxnorm.core.moments import Moments, Stats, pool
 from jaxnorm.core.normalize import normalize_with_stats
+from jaxnorm.core.plain import recomputed
 from jaxnorm.core.standardize import stats_along
 from jaxnorm.methods.affine import Affine
 from jaxnorm.methods.instance_norm import instance_norm
@@ -219,7 +220,7 @@ def _normalized(
         )
 
     # Rematerialized, so that of what is mixed nothing is kept for the backward pass.
-    rematerialized = jax.checkpoint(from_evidence, prevent_cse=False)
+    rematerialized = recomputed(from_evidence)
     stats = batch.stats() if stats is None else stats
     return rematerialized(x, each, stats, mean_weight, var_weight, scale, bias), batch
 
