@@ -1,13 +1,11 @@
 """`comoments`: the features of an input taken together, in groups, and its derivative rule."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jaxnorm.core import axes as ax
@@ -23,8 +21,8 @@ from jaxnorm.core.devices import AxisName, Devices, devices
 from jaxnorm.core.feature_groups import feature_axis, group_shape, placed_by_compiler, split
 from jaxnorm.core.matrix_roots import symmetric
 from jaxnorm.core.moments import clean
-from jaxnorm.core.plain import is_plain
 from jaxnorm.core.pooling import reciprocal
+from jaxnorm.core.rules import with_tangent
 
 
 class JointView(NamedTuple):
@@ -59,7 +57,7 @@ class JointView(NamedTuple):
         return split(where, self.axis, 1).astype(precision.accumulation_dtype(x.dtype))
 
 
-def _comoments_plainly(
+def _comoments(
     view: JointView, x: jax.Array, where: jax.Array | None, shift: jax.Array | None
 ) -> Comoments:
     def by_group(x, where, shift) -> Comoments:
@@ -77,9 +75,6 @@ def _comoments_plainly(
     return placed(x, where, shift)
 
 
-_comoments_in_groups = jax.custom_jvp(_comoments_plainly, nondiff_argnums=(0,))
-
-
 def _tangent_of_comoments(view: JointView, primals, tangents):
     """dmean = <dx>,   dcov = <(x - mean) dx^T> + its transpose.
 
@@ -88,7 +83,7 @@ def _tangent_of_comoments(view: JointView, primals, tangents):
     """
     x, where, shift = primals
     evidence = _comoments_in_groups(view, x, where, shift)
-    if isinstance(tangents[0], SymbolicZero):
+    if tangents[0] is None:
         return evidence, jax.tree.map(jnp.zeros_like, evidence)
 
     def by_group(x, dx, where, mean, count) -> tuple[jax.Array, jax.Array]:
@@ -117,15 +112,14 @@ def _tangent_of_comoments(view: JointView, primals, tangents):
     return evidence, Comoments(jnp.zeros_like(evidence.count), dmean, dcov)
 
 
-_comoments_in_groups.defjvp(_tangent_of_comoments, symbolic_zeros=True)
+def _comoments_by_two_passes(view: JointView, x, where, shift) -> Comoments:
+    del shift
+    return _comoments(view, x, where, None)
 
 
-@partial(jax.jit, static_argnums=0, inline=True)
-def comoments_in_groups(
-    view: JointView, x: jax.Array, where: jax.Array | None, shift: jax.Array | None
-) -> Comoments:
-    """`comoments` after the door."""
-    return (_comoments_plainly if is_plain() else _comoments_in_groups)(view, x, where, shift)
+_comoments_in_groups = with_tangent(_comoments, _comoments_by_two_passes, _tangent_of_comoments)
+comoments_in_groups = jax.jit(_comoments_in_groups, static_argnums=0, inline=True)
+"""`comoments` after the door."""
 
 
 def comoments(

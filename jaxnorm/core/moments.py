@@ -14,7 +14,6 @@ from jax.typing import ArrayLike
 from jaxnorm.core import axes as ax
 from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, Devices, devices, placed, placement
-from jaxnorm.core.plain import is_plain
 from jaxnorm.core.pooling import Parts, pooled, pooled_given, reciprocal
 
 
@@ -130,8 +129,8 @@ def moments_keeping_axes(
 def shift_along(
     shift: ArrayLike | None, x: jax.Array, axes: tuple[int, ...], who: str
 ) -> jax.Array | None:
-    """A checked estimate of the mean of `x` along `axes`, which it has with size 1, if it is used."""
-    if shift is None or is_plain():
+    """A checked estimate of the mean of `x` along `axes`, which it has with size 1."""
+    if shift is None:
         return None
     if jnp.ndim(shift) == 0:
         return jnp.full((1,) * x.ndim, shift, precision.accumulation_dtype(x.dtype))

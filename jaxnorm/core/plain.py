@@ -1,8 +1,7 @@
 """`plain`: the specification alone, in operations that every transformation of programs knows."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 
@@ -14,16 +13,17 @@ def plain() -> Iterator[None]:
     """Traces normalizations as plain operations: sums, products, roots.
 
     Without it they bring derivative rules of their own, are rematerialized for the backward pass,
-    and choose between ways of summing. What reads programs and knows only plain operations fails
-    on these: `jax.experimental.jet` on a mesh or inside other layers' rules, interpreters and
-    exporters of other libraries. Results and derivatives are the same, up to rounding; a backward
-    pass keeps more, a training step reads its input more often, and kernels are not used.
+    and choose between ways of summing. JAX's own transformations take that, and so does Taylor mode
+    (`jax.experimental.jet`) outside of `shard_map`, explicit meshes and `axis_name`. Interpreters
+    and exporters of other libraries may know plain operations only. Results and derivatives are the
+    same, up to rounding; a backward pass keeps more, a training step may read its input more often,
+    and no kernels are used.
 
-    Trace inside: a function that was compiled outside of it is compiled anew when it is called
-    inside. Threads that are started inside begin without.
+    What was compiled outside is compiled anew when it is called inside. Threads that are started
+    inside begin without.
 
-    The roots of `decorrelated_batch_norm`, `whiten` and `color` keep their derivative rule, which
-    eigenvectors do not have. Use `iter_norm`, which is Newton's iteration.
+    `decorrelated_batch_norm`, and ZCA in `whiten` and `color`, keep the derivative rule of their
+    root: eigenvectors alone have none where eigenvalues are equal. `iter_norm` needs no such rule.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxnorm
@@ -40,8 +40,3 @@ def plain() -> Iterator[None]:
 def is_plain() -> bool:
     """Whether plain operations were asked for where a function is traced."""
     return _plain.value
-
-
-def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, of which the backward pass keeps the inputs alone."""
-    return function if is_plain() else jax.checkpoint(function, prevent_cse=False)

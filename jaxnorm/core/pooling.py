@@ -21,7 +21,6 @@ one of each, about a shift that is known beforehand.
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +30,8 @@ from jaxnorm.core import axes as ax
 from jaxnorm.core import precision
 from jaxnorm.core.devices import Devices, decide_alike, surely_equal
 from jaxnorm.core.divided import divided
+from jaxnorm.core.plain import is_plain
+from jaxnorm.core.rules import with_tangent
 
 Pooled = tuple[jax.Array, jax.Array | None, jax.Array]
 """Count, mean and variance."""
@@ -134,9 +135,9 @@ def pooled(
             the parts are read, and rounding. None reads them twice.
         epsilon: what will be added to the variance: beside it, errors of the variance may hide.
     """
-    return (
-        _by_two_passes(look, parts) if shift is None else _by_one_pass(look, parts, shift, epsilon)
-    )
+    if shift is None or is_plain():
+        return _by_two_passes(look, parts)
+    return _by_one_pass(look, parts, shift, epsilon)
 
 
 def _by_two_passes(look: Look, parts: Parts) -> Pooled:
@@ -214,11 +215,17 @@ def pooled_given(
     return _pooled_about(parts, count, mean, var, shift)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _pooled_about(
+def _pooled_by_one_pass(
     parts: Parts, count: jax.Array, mean: jax.Array, var: jax.Array, shift: jax.Array
 ) -> Pooled:
     return pooled(lambda: (count, mean, var), parts, shift)
+
+
+def _pooled_by_two_passes(
+    parts: Parts, count: jax.Array, mean: jax.Array, var: jax.Array, shift: jax.Array
+) -> Pooled:
+    del shift
+    return pooled(lambda: (count, mean, var), parts)
 
 
 def _tangent_of_pooled(parts: Parts, primals, tangents):
@@ -228,6 +235,10 @@ def _tangent_of_pooled(parts: Parts, primals, tangents):
     dvar  = sum (n_i (dv_i + 2 <m_i - mean, dm_i>) + dn_i (v_i + |m_i - mean|^2 - var)) / n
     """
     together = _pooled_about(parts, *primals)
+    tangents = [
+        jnp.zeros_like(primal) if tangent is None else tangent
+        for primal, tangent in zip(primals, tangents, strict=True)
+    ]
 
     def tangent(primals, together, tangents):
         count, mean, var, _ = primals
@@ -244,7 +255,7 @@ def _tangent_of_pooled(parts: Parts, primals, tangents):
     return together, jax.checkpoint(tangent, prevent_cse=False)(primals, together, tangents)
 
 
-_pooled_about.defjvp(_tangent_of_pooled)
+_pooled_about = with_tangent(_pooled_by_one_pass, _pooled_by_two_passes, _tangent_of_pooled)
 
 
 def usable_shift(shift: jax.Array, mean: jax.Array, over: Devices | None) -> jax.Array:

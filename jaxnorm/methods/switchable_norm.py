@@ -27,7 +27,7 @@ from jaxnorm.core import checks, precision
 from jaxnorm.core.devices import AxisName, devices
 from jaxnorm.core.moments import Moments, Stats, pool
 from jaxnorm.core.normalize import normalize_with_stats
-from jaxnorm.core.plain import recomputed
+from jaxnorm.core.rules import recomputed
 from jaxnorm.core.standardize import stats_along
 from jaxnorm.methods.affine import Affine
 from jaxnorm.methods.instance_norm import instance_norm
@@ -203,7 +203,7 @@ def _normalized(
 
     batch = pool(each, example_axes, **pooling)
 
-    def from_evidence(x, each, batch, mean_weight, var_weight, scale, bias):
+    def from_evidence(x, where, each, batch, mean_weight, var_weight, scale, bias):
         mixed = _mixture(
             each.stats(),
             along(example_axes, pool(each, feature_axes).stats()),
@@ -220,9 +220,9 @@ def _normalized(
         )
 
     # Rematerialized, so that of what is mixed nothing is kept for the backward pass.
-    rematerialized = recomputed(from_evidence)
     stats = batch.stats() if stats is None else stats
-    return rematerialized(x, each, stats, mean_weight, var_weight, scale, bias), batch
+    given = x, where, each, stats, mean_weight, var_weight, scale, bias
+    return recomputed(from_evidence, *given), batch
 
 
 def _mixture(

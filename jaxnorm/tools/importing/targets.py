@@ -147,8 +147,8 @@ def beside_layers(key: Path) -> Iterator[tuple[Path, str]]:
     """The layers to which a variable of a wrapper around them may belong, and its role there.
 
     Linen: `("params", *wrapper, "conv/kernel/scale")`, where `conv` is below the wrapper or beside
-    it; `"conv/kernel/value/scale"` if the kernel is boxed. NNX: `(*wrapper, "scales", "('kernel',)")`,
-    `(*wrapper, "batch_stats", "('kernel', 'u')")`.
+    it; `"conv/kernel/value/scale"` if the kernel is boxed.
+    NNX: `(*wrapper, "scales", "('kernel',)")`, `(*wrapper, "batch_stats", "('kernel', 'u')")`.
     """
     name, *parts = key[-1].split("/")
     if parts:
