@@ -38,7 +38,7 @@ class _CalledAsOne:
     """
 
     def __init_subclass__(cls, **kwargs: Any):
-        if cls.__module__.startswith(__package__):
+        if cls.__module__.startswith("jaxnorm.linen."):
             for name, member in vars(cls).items():
                 if inspect.isfunction(member) and name != "__call__":
                     nn.nowrap(member)
