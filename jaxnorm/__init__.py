@@ -21,6 +21,7 @@ from jaxnorm.core.moments import merge as merge
 from jaxnorm.core.moments import moments as moments
 from jaxnorm.core.moments import pool as pool
 from jaxnorm.core.normalize import normalize as normalize
+from jaxnorm.core.plain import plain as plain
 from jaxnorm.core.replicas import pool_stats as pool_stats
 from jaxnorm.core.running import bessel as bessel
 from jaxnorm.core.running import cumulative_average as cumulative_average

@@ -24,6 +24,12 @@ def on_devices(size, devices=4):
     return jax.vmap(lambda x: step(x=x), axis_name="d")(jnp.zeros((devices, 6, 2, 3)))
 
 
+def exported(function, shape):
+    """Traced with symbolic sizes."""
+    sizes = jax.export.symbolic_shape(shape)
+    jax.export.export(jax.jit(function))(jax.ShapeDtypeStruct(sizes, jnp.float32))
+
+
 def linen(method="BatchNorm", **options):
     getattr(jaxnorm.linen, method)(**options).init(KEY, X)
 
@@ -53,6 +59,18 @@ ROWS = [
         lambda: nnx_layer(ghost_batch_size="2"),
         TypeError,
         r"^BatchNorm\(num_features=3\): the size '2' of ghost batches must be an integer",
+    ),
+    Row(
+        "ghost batches of any number of examples",
+        lambda: exported(partial(by_groups, 2), "b, 5, 6"),
+        ValueError,
+        r"^batch_norm: b examples, a symbolic size, .* ghost batches of 2.*symbolic_shape\('2\*b,",
+    ),
+    Row(
+        "groups of any number of features",
+        lambda: exported(lambda x: jaxnorm.group_norm(x, num_groups=2), "5, f"),
+        ValueError,
+        r"^group_norm: f features cannot be split with num_groups=2\..*'2\*f'",
     ),
     *(
         Row(

@@ -106,7 +106,8 @@ class WeightNorms(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = jnn.WeightNorm(nn.Dense(3, name="dense"), name="weight")(x)
+        boxed = nn.with_partitioning(nn.initializers.normal(), (None, "model"))
+        x = jnn.WeightNorm(nn.Dense(3, name="dense", kernel_init=boxed), name="weight")(x)
         return jnn.SpectralNorm(nn.Dense(2, name="last"), name="spectral")(x, update_stats=False)
 
 

@@ -5,6 +5,7 @@ finite differences, masks, dtypes, large means, state that keeps its types. What
 method alone stands in files of its own.
 """
 
+import contextlib
 import functools
 
 import chex
@@ -12,8 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import jet, sparse
 from modules import FRAMEWORKS
 from subjects import BOTH, EACH, EACH_METHOD, SUBJECTS, drawn, in_turn
+
+import jaxnorm
 
 # The variables of another domain stay, and have themselves for derivative.
 MOVING = ("mean", "var", "cov")
@@ -126,6 +130,67 @@ def test_derivatives_of_two_orders(subject, kind):
         # Where parts are constants by definition, no difference is what the derivative says.
         expected = found[order][0] if subject.method == "BatchRenorm" else expected
         np.testing.assert_allclose(found[order], expected, rtol=1e-6, atol=1e-6)
+
+
+# The root that decorrelated batch norm takes by eigenvectors has a rule, and is no plain operation.
+READABLE = [subject for subject in SUBJECTS if subject.method != "DecorrelatedBatchNorm"]
+
+
+@WIDE
+@pytest.mark.parametrize(("subject", "way"), in_turn(READABLE, ("as it is", "plain operations")))
+def test_taylor_mode_and_other_readers_of_programs(subject, way):
+    """`jet` and `sparsify` take what JAX's own derivative rules and checkpoints keep from them."""
+    x = subject.input(jnp.float64)
+    layer, direction = subject.layer("linen", x), jnp.cos(3 * x)
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), drawn(layer.params))
+
+    def both(x):
+        y, new = layer.train(params, layer.stats, x)
+        return jnp.stack([y, layer.infer(params, layer.stats, x)]), new
+
+    @jax.jit
+    def run(x):
+        def along(t):
+            return both(x + t * direction)[0]
+
+        with jaxnorm.plain() if way == "plain operations" else contextlib.nullcontext():
+            y, terms = jet.jet(lambda x: both(x)[0], (x,), ([direction, jnp.zeros_like(x)],))
+            dense = sparse.sparsify(both)(x)
+        slope = jax.jacfwd(along)
+        return (y, *terms, dense), (along(0.0), slope(0.0), jax.jacfwd(slope)(0.0), both(x))
+
+    found, expected = run(x)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_plain_operations_are_traced_anew():
+    compiled, x = jax.jit(jaxnorm.batch_norm), jnp.ones((4, 3))
+    programs = [str(compiled.trace(x).jaxpr)]
+    with jaxnorm.plain():
+        programs += [str(compiled.trace(x).jaxpr), str(jax.make_jaxpr(jax.grad(loss_of))(x))]
+    programs += [str(compiled.trace(x).jaxpr)]
+    others = ("jaxnorm_", "custom_jvp", "checkpoint", "cond")
+    assert [any(name in program for name in others) for program in programs] == [1, 0, 0, 1]
+
+
+def test_a_rule_keeps_what_jax_knows_of_a_function():
+    """What is not mapped stays so, and what is linear can be transposed."""
+    x, scale = SUBJECTS[0].input(), jnp.ones((3, 8))
+    y, seen = jax.vmap(jaxnorm.batch_norm, (None, 0), (0, None))(x, scale)
+    assert (y.shape, seen.mean.shape) == ((3, *x.shape), (8,))
+
+    def infer(x):
+        return jaxnorm.batch_norm_inference(x, jaxnorm.Stats(jnp.zeros(8), jnp.full(8, 2.0)))
+
+    chex.assert_trees_all_close(
+        jax.linear_transpose(infer, x)(x), jax.vjp(infer, x)[1](x), rtol=1e-6, atol=1e-6
+    )
+
+
+def loss_of(x):
+    y, seen = jaxnorm.batch_norm(x)
+    again = jaxnorm.batch_norm_inference(x, jaxnorm.pool(seen, shift=0.0).stats())
+    return (y**3).sum() + (again**3).sum()
 
 
 @pytest.mark.parametrize(

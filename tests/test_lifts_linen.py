@@ -156,6 +156,29 @@ def test_table_and_shapes_without_values(subject):
 
 
 @EACH_METHOD
+def test_one_call_is_one_call(subject):
+    """For Flax's interceptors, which are shown every method that Flax wraps, and for captures."""
+    x, layer, calls = subject.input(), layer_of(subject), []
+    variables = variables_of(layer, x)
+
+    def times_two(next_function, args, kwargs, context):
+        calls.append(context.method_name)
+        return jax.tree.map(lambda leaf: 2 * leaf, next_function(*args, **kwargs))
+
+    @jax.jit
+    def run(x):
+        options = dict(mutable=["batch_stats", "intermediates"], capture_intermediates=True)
+        expected, new = layer.apply(variables, x, **options)
+        with nn.intercept_methods(times_two):
+            return expected, new, layer.apply(variables, x, mutable=["batch_stats"])
+
+    y, new, (doubled, after) = run(x)
+    assert calls == ["__call__"]
+    assert {*new.pop("intermediates")} == {"__call__"}
+    chex.assert_trees_all_equal((doubled, after), (2 * y, new))
+
+
+@EACH_METHOD
 def test_inside_setup_and_with_a_name(subject):
     class Model(nn.Module):
         def setup(self):

@@ -303,6 +303,30 @@ def test_jit_and_remat_change_nothing(name):
 
 
 @ALL
+def test_one_call_is_one_call(name):
+    """For Flax's interceptors, which are shown every method that Flax wraps."""
+    model, calls = getattr(ours, name)(nn.Dense(4)), []
+
+    def times_two(next_function, args, kwargs, context):
+        y = next_function(*args, **kwargs)
+        if not isinstance(context.module, type(model)):
+            return y
+        calls.append(context.method_name)
+        return 2 * y
+
+    @jax.jit
+    def run(x):
+        variables = model.init(KEY, x, **call(name))
+        with nn.intercept_methods(times_two):
+            doubled = model.apply(variables, x, **call(name, train=False))
+        return doubled, model.apply(variables, x, **call(name, train=False))
+
+    doubled, y = run(X)
+    assert calls == ["__call__"]
+    chex.assert_trees_all_equal(doubled, 2 * y)
+
+
+@ALL
 def test_scan_and_vmap_are_loops(name):
     scanned = nn.scan(Block, length=2, **AXES)(name)
     mapped = nn.vmap(Block, in_axes=None, axis_size=2, **AXES)(name)
@@ -342,35 +366,51 @@ def test_shapes_tables_partitions(name):
     boxed, plain = wrapper(nn.Dense(4, kernel_init=kernel_init)), wrapper(nn.Dense(4))
     variables = jax.jit(lambda: boxed.init(KEY, X, **call(name)))()
     expected = plain.init(KEY, X, **call(name))
-    chex.assert_trees_all_close(nn.unbox(variables), expected, rtol=1e-6)
     spec = nn.get_partition_spec(variables)["params"]["layer_instance"]["kernel"]
     assert spec == jax.sharding.PartitionSpec(None, "model")
-    arguments = call(name, train=False)
-    assert_close(boxed.apply(variables, X, **arguments), plain.apply(expected, X, **arguments))
+    chex.assert_trees_all_close(renamed(nn.unbox(variables), "/value", ""), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "found"),
-    [
-        ("WeightNorm", r"Dense_0/kernel/value/scale"),
-        ("SpectralNorm", "no attribute 'key'"),
-    ],
-)
-def test_flax_and_partitioned_kernels(name, found):
-    """What Flax makes of them: another name, or an error."""
+def renamed(variables, old, new):
+    """With other names of what stands beside the layer."""
+    return {
+        collection: {name.replace(old, new): leaf for name, leaf in beside.items()}
+        for collection, beside in variables.items()
+    }
+
+
+@ALL
+def test_checkpoints_of_boxed_and_of_plain_weights(name):
+    """Names are Flax's, which has the box among them; all load, also those without it."""
     kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    model = getattr(ours, name)(nn.Dense(4, kernel_init=kernel_init))
 
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            layer = nn.Dense(4, kernel_init=kernel_init)
-            return getattr(nn, name)(layer)(x, **call(name))
+    @jax.jit
+    def run(x):
+        boxed = model.init(KEY, x, **call(name))
+        former, bare = renamed(boxed, "/value", ""), nn.unbox(boxed)
+        plain = renamed(bare, "/value", "")
+        found = []
+        for variables in (boxed, former, bare, plain):
+            y, changed = model.apply(variables, x, **call(name), mutable=["batch_stats"])
+            same = jax.tree.structure(changed.get("batch_stats", {}))
+            assert same == jax.tree.structure(variables.get("batch_stats", {}))
+            found.append((y, renamed(changed, "/value", "")))
+        return boxed, found
 
-    try:
-        names = str(Net().init(KEY, X)["params"])
-    except AttributeError as error:
-        names = str(error)
-    assert found in names
+    variables, (expected, *others) = run(X)
+    for found in others:
+        chex.assert_trees_all_equal(found, expected)
+    if name == "WeightNorm":
+        flaxs = nn.WeightNorm(nn.Dense(4, kernel_init=kernel_init))
+        chex.assert_trees_all_close(variables, flaxs.init(KEY, X), rtol=1e-6)
+        assert_close(flaxs.apply(variables, X), expected[0])
+
+
+def test_flaxs_spectral_norm_takes_no_boxed_kernels():
+    kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    with pytest.raises(AttributeError, match="no attribute 'key'"):
+        nn.SpectralNorm(nn.Dense(4, kernel_init=kernel_init)).init(KEY, X, update_stats=True)
 
 
 @ALL

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -58,3 +58,11 @@ def sizes(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
 def extent(shape: Sequence[int], axes: Sequence[int]) -> int:
     """How many elements lie along `axes` of an array of `shape`."""
     return math.prod(sizes(shape, axes))
+
+
+def surely(holds: Callable[[], bool]) -> bool:
+    """Whether sizes fulfil something; False where symbolic sizes (`jax.export`) leave it open."""
+    try:
+        return bool(holds())
+    except jax.errors.InconclusiveDimensionOperation:
+        return False

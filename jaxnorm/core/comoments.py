@@ -1,13 +1,11 @@
 """`comoments`: the features of an input taken together, in groups, and its derivative rule."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jaxnorm.core import axes as ax
@@ -24,6 +22,7 @@ from jaxnorm.core.feature_groups import feature_axis, group_shape, placed_by_com
 from jaxnorm.core.masks import clean, weighted
 from jaxnorm.core.matrix_roots import symmetric
 from jaxnorm.core.pooling import reciprocal
+from jaxnorm.core.rules import with_tangent
 
 
 class JointView(NamedTuple):
@@ -56,8 +55,7 @@ class JointView(NamedTuple):
         return split(where, self.axis, 1).astype(precision.accumulation_dtype(x.dtype))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _comoments_in_groups(
+def _comoments(
     view: JointView, x: jax.Array, where: jax.Array | None, shift: jax.Array | None
 ) -> Comoments:
     def by_group(x, where, shift) -> Comoments:
@@ -83,7 +81,7 @@ def _tangent_of_comoments(view: JointView, primals, tangents):
     """
     x, where, shift = primals
     evidence = _comoments_in_groups(view, x, where, shift)
-    if isinstance(tangents[0], SymbolicZero):
+    if tangents[0] is None:
         return evidence, jax.tree.map(jnp.zeros_like, evidence)
 
     def by_group(x, dx, where, mean, count) -> tuple[jax.Array, jax.Array]:
@@ -111,7 +109,12 @@ def _tangent_of_comoments(view: JointView, primals, tangents):
     return evidence, Comoments(jnp.zeros_like(evidence.count), dmean, dcov)
 
 
-_comoments_in_groups.defjvp(_tangent_of_comoments, symbolic_zeros=True)
+def _comoments_by_two_passes(view: JointView, x, where, shift) -> Comoments:
+    del shift
+    return _comoments(view, x, where, None)
+
+
+_comoments_in_groups = with_tangent(_comoments, _comoments_by_two_passes, _tangent_of_comoments)
 comoments_in_groups = jax.jit(_comoments_in_groups, static_argnums=0, inline=True)
 """`comoments` after the door."""
 

@@ -25,6 +25,7 @@ from jaxnorm.core.devices import AxisName, Devices, decide_alike, devices
 from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.matrix_roots import symmetric
 from jaxnorm.core.moments import shift_along
+from jaxnorm.core.plain import is_plain
 from jaxnorm.core.pooling import Parts, near_enough, reciprocal, usable_shift, weighted_sums
 
 
@@ -155,7 +156,7 @@ def pooled_jointly(
         sums = sums if over is None else over.sum(*sums)
         return put_together(squeezed(total), squeezed(pivot), *sums)
 
-    if shift is None:
+    if shift is None or is_plain():
         return two_passes()
     count, means, cov = look()
     if not decide_alike(means, over):

@@ -43,11 +43,12 @@ def group_shape(
         )
     what, parts = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
     if not isinstance(parts, numbers.Integral) or parts < 1 or features % parts:
-        divisors = [n for n in range(1, features + 1) if features % n == 0]
-        raise ValueError(
-            f"{who}: {features} features cannot be split with {what}={parts}. "
-            f"Use a divisor of {features}: one of {divisors}."
-        )
+        if isinstance(features, int):
+            divisors = [n for n in range(1, features + 1) if features % n == 0]
+            fix = f"Use a divisor of {features}: one of {divisors}."
+        else:
+            fix = f"A symbolic size must be a multiple of it by its form: '{parts}*f'."
+        raise ValueError(f"{who}: {features} features cannot be split with {what}={parts}. {fix}")
     parts = int(parts)
     return (parts, features // parts) if group_size is None else (features // parts, parts)
 

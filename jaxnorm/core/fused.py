@@ -6,7 +6,7 @@ reduces twice.
 
 Four choices make it small, fast and whole:
 
-- A rule for the tangent (`custom_jvp`), not for the gradient: JAX transposes and differentiates the
+- A rule for the tangent (`rules.py`), not for the gradient: JAX transposes and differentiates the
   map again, so that forward mode and every order work, and so that collectives inside it are
   transposed rightly in whatever mapped context it runs.
 - The map is rematerialized (`jax.checkpoint`), or one primitive: what is kept for the backward pass
@@ -21,15 +21,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from jaxnorm.core import axes as ax
+from jaxnorm.core import rules
 from jaxnorm.core.devices import all_varying, placement
 from jaxnorm.core.kernels import primitives as kernels
 from jaxnorm.core.masks import clean
 from jaxnorm.core.moments import Moments, Stats, moments_keeping_axes
 from jaxnorm.core.pooling import reciprocal
-from jaxnorm.core.standardize import Plan, apply_affine, apply_stats
+from jaxnorm.core.standardize import Plan, apply_affine, apply_stats, normalize_plainly
 from jaxnorm.core.tangent import tangent
 
 Hint = jax.Array | Moments | None
@@ -69,14 +69,13 @@ def _without_kernels(plan: Plan, x, scale, bias, where, hint: Hint) -> str | Non
     return None
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(
+def _fastest(
     plan: Plan,
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
     where: jax.Array | None,
-    hint: Hint = None,
+    hint: Hint,
 ) -> tuple[jax.Array, Moments]:
     why_not = _without_kernels(plan, x, scale, bias, where, hint)
     if why_not is None:
@@ -89,12 +88,17 @@ def _normalize(
         return apply_affine(y, scale, bias).astype(plan.dtype), evidence
 
 
-def _rule(plan: Plan, primals, tangents):
+def _specified(plan: Plan, x, scale, bias, where, hint: Hint) -> tuple[jax.Array, Moments]:
+    del hint
+    return normalize_plainly(plan, x, scale, bias, where)
+
+
+def _tangent(plan: Plan, primals, tangents):
     # By the function itself, whose derivatives of higher order are then this rule's as well.
     y, evidence = _normalize(plan, *primals)
     x, scale, bias, where, _ = primals
     # None stands for the tangent of an absent parameter, and from here on for any zero tangent.
-    dx, dscale, dbias = (None if isinstance(t, SymbolicZero) else t for t in tangents[:3])
+    dx, dscale, dbias = tangents[:3]
     if _without_kernels(plan, *primals) is None:
         rstd = lax.rsqrt(evidence.var + plan.epsilon)
         known = kernels.Known(kernels.Inputs(x, scale, bias), evidence.mean, rstd)
@@ -108,7 +112,7 @@ def _rule(plan: Plan, primals, tangents):
     return (y, evidence), (dy, Moments(jnp.zeros_like(evidence.count), dmean, dvar))
 
 
-_normalize.defjvp(_rule, symbolic_zeros=True)
+_normalize = rules.with_tangent(_fastest, _specified, _tangent)
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
@@ -138,8 +142,9 @@ def normalize_by(
 ) -> jax.Array:
     """Standardize by given statistics, scale and shift; only the inputs are kept for backward."""
 
-    def plainly(x, stats, scale, bias):
-        y = apply_stats(clean(x, where), stats, plan.epsilon)
-        return apply_affine(y, scale, bias).astype(plan.dtype)
+    return rules.recomputed(partial(_plainly_by, plan), x, stats, scale, bias, where)
 
-    return jax.checkpoint(plainly, prevent_cse=False)(x, stats, scale, bias)
+
+def _plainly_by(plan: Plan, x, stats: Stats, scale, bias, where) -> jax.Array:
+    y = apply_stats(clean(x, where), stats, plan.epsilon)
+    return apply_affine(y, scale, bias).astype(plan.dtype)

@@ -21,7 +21,6 @@ one of each, about a shift that is known beforehand.
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +30,8 @@ from jaxnorm.core import axes as ax
 from jaxnorm.core import precision
 from jaxnorm.core.devices import Devices, decide_alike, placed, placement, surely_equal
 from jaxnorm.core.divided import divided
+from jaxnorm.core.plain import is_plain
+from jaxnorm.core.rules import with_tangent
 
 Pooled = tuple[jax.Array, jax.Array | None, jax.Array]
 """Count, mean and variance."""
@@ -139,7 +140,7 @@ def pooled(
             the parts are read, and rounding. None reads them twice.
         rest: what rounding took off the means of parts, to be added where deviations are taken.
     """
-    if shift is None:
+    if shift is None or is_plain():
         return _by_two_passes(look, parts, rest)
     return _by_one_pass(look, parts, shift, rest)
 
@@ -226,7 +227,7 @@ def _by_one_pass(
     new_var = _clip_rounding(second - precision.abs_square(first))
     # Of all groups, since all must go the same way.
     near = near_enough(first, jnp.expand_dims(shift, 0), new_var, NEAR)
-    if parts.over is None and math.prod(parts.shape) < SMALL:
+    if parts.over is None and ax.surely(lambda: math.prod(parts.shape) < SMALL):
         near &= divided()  # else a constant False, for which the compiler drops a branch
 
     new_mean, new_var = shift + parts.own(first), parts.own(new_var)
@@ -262,8 +263,7 @@ def pooled_given(
     return _pooled_about(parts, count, mean, var, shift, rest)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _pooled_about(
+def _pooled_by_one_pass(
     parts: Parts,
     count: jax.Array,
     mean: jax.Array,
@@ -274,6 +274,18 @@ def _pooled_about(
     return pooled(lambda: (count, mean, var), parts, shift, rest)
 
 
+def _pooled_by_two_passes(
+    parts: Parts,
+    count: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    shift: jax.Array,
+    rest: jax.Array | None,
+) -> Pooled:
+    del shift
+    return pooled(lambda: (count, mean, var), parts, rest=rest)
+
+
 def _tangent_of_pooled(parts: Parts, primals, tangents):
     """As a rule, so that derivatives know of no branches, and take one collective as well.
 
@@ -281,9 +293,14 @@ def _tangent_of_pooled(parts: Parts, primals, tangents):
     dvar  = sum (n_i (dv_i + 2 <m_i - mean, dm_i>) + dn_i (v_i + |m_i - mean|^2 - var)) / n
     """
     together = _pooled_about(parts, *primals)
+    evidence = primals[:3]
+    tangents = [
+        jnp.zeros_like(primal) if tangent is None else tangent
+        for primal, tangent in zip(evidence, tangents[:3], strict=True)
+    ]
 
-    def tangent(primals, together, tangents):
-        count, mean, var = primals
+    def tangent(evidence, together, tangents):
+        count, mean, var = evidence
         total, new_mean, new_var = together
         dcount, dmean, dvar = tangents
         offset = mean - new_mean
@@ -294,10 +311,10 @@ def _tangent_of_pooled(parts: Parts, primals, tangents):
         share = reciprocal(total)
         return dtotal, first * share, second * share
 
-    return together, jax.checkpoint(tangent, prevent_cse=False)(primals[:3], together, tangents[:3])
+    return together, jax.checkpoint(tangent, prevent_cse=False)(evidence, together, tangents)
 
 
-_pooled_about.defjvp(_tangent_of_pooled)
+_pooled_about = with_tangent(_pooled_by_one_pass, _pooled_by_two_passes, _tangent_of_pooled)
 
 
 def usable_shift(shift: jax.Array, mean: jax.Array, over: Devices | None) -> jax.Array:

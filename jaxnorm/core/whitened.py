@@ -37,6 +37,7 @@ from jaxnorm.core.masks import clean
 from jaxnorm.core.matrix_roots import inverse_square_root, newton_inverse_square_root
 from jaxnorm.core.moments import shift_along
 from jaxnorm.core.normalize import output_dtype
+from jaxnorm.core.rules import recomputed
 from jaxnorm.core.standardize import apply_affine, feature_along, result_dtype
 
 
@@ -88,11 +89,12 @@ def whiten_by_stats(
     else:
         matrix = newton_inverse_square_root(stats.cov, plan.n_steps, plan.epsilon)
 
-    def apply(x, mean, matrix, scale, bias):
-        y = apply_matrix(clean(x, where), mean, matrix, plan.axis)
-        return apply_affine(y, scale, bias).astype(plan.dtype)
+    return recomputed(partial(_whiten_by, plan), x, stats.mean, matrix, scale, bias, where)
 
-    return jax.checkpoint(apply, prevent_cse=False)(x, stats.mean, matrix, scale, bias)
+
+def _whiten_by(plan: JointPlan, x, mean, matrix, scale, bias, where) -> jax.Array:
+    y = apply_matrix(clean(x, where), mean, matrix, plan.axis)
+    return apply_affine(y, scale, bias).astype(plan.dtype)
 
 
 def apply_matrix(x: jax.Array, mean: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:

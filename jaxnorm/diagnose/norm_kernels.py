@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
+from jaxnorm.core import rules
 from jaxnorm.core.kernels import choice, primitives
 from jaxnorm.core.kernels.primitives import SPECIFICATION
 
@@ -118,8 +119,9 @@ def _by_choice(equation: JaxprEqn, platform: str, divided: bool) -> NormKernel:
 
 def _specification(equation: JaxprEqn, inner: list[Jaxpr]) -> str | None:
     """Why it was taken, if the equation is a normalization by it."""
-    if equation.primitive.name != "custom_jvp_call" or not inner or not inner[0].eqns:
+    ruled = equation.primitive.name in ("custom_jvp_call", rules.NAME)
+    if not ruled or not inner or not inner[0].eqns:
         return None
     scope = str(inner[0].eqns[0].source_info.name_stack)
-    reason = scope.rpartition(SPECIFICATION)[2].partition("/")[0]
-    return reason or None
+    _, found, reason = scope.rpartition(SPECIFICATION)
+    return reason.partition("/")[0].rstrip(")") if found else None  # of "vmap(...)"

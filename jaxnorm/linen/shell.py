@@ -1,5 +1,6 @@
 """The Linen shell: turns the slots of a spec into Linen variables."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -28,7 +29,23 @@ class StatsNotMutableError(errors.ModifyScopeVariableError):
         )
 
 
-class Shell(nn.Module):
+class _CalledAsOne:
+    """Keeps Flax from wrapping the methods of this library, but for `__call__`.
+
+    Flax wraps each method that a class of modules defines, private ones too. Method interceptors,
+    `capture_intermediates` and `tabulate(show_repeated=True)` would then see every helper as a call
+    of the layer. What users define in subclasses of their own is left to Flax.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        if cls.__module__.startswith("jaxnorm.linen."):
+            for name, member in vars(cls).items():
+                if inspect.isfunction(member) and name != "__call__":
+                    nn.nowrap(member)
+        super().__init_subclass__(**kwargs)
+
+
+class Shell(_CalledAsOne, nn.Module):
     """What all Linen modules of this library share."""
 
     @property

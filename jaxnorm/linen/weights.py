@@ -21,7 +21,8 @@ class WeightShell(Shell):
     """Calls the wrapped layer with other weights than are stored.
 
     The variables that belong to a weight stand beside the layer, under the weight's path, such as
-    `Dense_0/kernel/scale`.
+    `Dense_0/kernel/scale`. A box (`nn.with_partitioning`) is a part of the path, as in Flax:
+    `Dense_0/kernel/value/scale`. Where a weight was boxed or unboxed since, they are found as well.
     """
 
     layer_instance: nn.Module
@@ -77,8 +78,7 @@ class WeightShell(Shell):
         self: Any, path: Any, boxed: Any, update_stats: bool, found: dict[str, bool]
     ) -> tuple[Any, Any]:
         """A weight as it is stored, and as the layer is called with it."""
-        inside = jax.tree_util.keystr(path[1:], simple=True, separator="/")
-        name = f"{self.layer_instance.name}/{inside}"
+        name, *others = (f"{self.layer_instance.name}/{one}" for one in _names(path[1:], boxed))
         who = f"{self._who}, '{name}'"
         w = nn.unbox(boxed)
         selected = not self.variable_filter or any(part in name for part in self.variable_filter)
@@ -87,15 +87,25 @@ class WeightShell(Shell):
             return boxed, boxed
 
         slots = self._slots(w, who)
-        values = {key: self._variable(f"{name}/{key}", slot) for key, slot in slots.items()}
+        places = {
+            key: self._place(slot, [f"{one}/{key}" for one in (name, *others)])
+            for key, slot in slots.items()
+        }
+        values = {key: self._variable(places[key], slot) for key, slot in slots.items()}
         changed = {}
         if self.is_initializing():
             w, changed = self._start(values, w, who)
             update_stats = False
         used, moved = self._transform(values | changed, w, who, update_stats=update_stats)
         for key, value in (changed | moved).items():
-            self.put_variable(self.collection_name, f"{name}/{key}", value)
+            self.put_variable(self.collection_name, places[key], value)
         return nn.meta.replace_boxed(boxed, w), nn.meta.replace_boxed(boxed, used)
+
+    def _place(self: Any, slot: Slot, names: list[str]) -> str:
+        """The first of these names under which there is a variable; to create one, the first."""
+        collection = "params" if slot.collection == "params" else self.collection_name
+        there = (name for name in names if self.has_variable(collection, name))
+        return next(there, names[0])
 
     def _variable(self: Any, name: str, slot: Slot) -> Any:
         if slot.collection == "params":
@@ -110,6 +120,15 @@ class WeightShell(Shell):
 
 def _is_box(leaf: Any) -> bool:
     return isinstance(leaf, nn.meta.AxisMetadata)
+
+
+def _names(path: Any, boxed: Any) -> list[str]:
+    """The path of a weight as text: as it is, without its box, and in one of Flax's."""
+    inside_box, _ = jax.tree_util.tree_flatten_with_path(boxed)[0][0]
+    whole, bare = (
+        jax.tree_util.keystr(keys, simple=True, separator="/") for keys in (path + inside_box, path)
+    )
+    return [whole, bare, f"{bare}/value"]
 
 
 class StatelessWeightShell(WeightShell):

@@ -212,6 +212,11 @@ def _devices_together(size: int, local: int, parts: int, who: str) -> list[list[
     Raises:
         ValueError: there are none.
     """
+    if not isinstance(local, int):
+        raise ValueError(
+            f"{who}: {local} examples, a symbolic size, are not known to make ghost batches of "
+            f"{size}. Export with a multiple of them: jax.export.symbolic_shape('{size}*b, ...')."
+        )
     together, rest = divmod(size, local)
     if rest or parts % together:
         found, rule = f"{local} examples", "these must divide them"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxnorm.core import axes as ax
 from jaxnorm.core import precision
 from jaxnorm.core.covariance import Comoments, JointStats, merge_comoments
 from jaxnorm.core.feature_groups import feature_axis, group_shape
@@ -117,7 +118,7 @@ class RunningCovariance(Affine, RunningStats):
     def _warn_of_few_examples(self: Any, x: jax.Array, cov: jax.Array, who: str) -> None:
         groups, size, _ = cov.shape
         count = self._values_together(x, groups * size, who)
-        if count is not None and count <= size:
+        if count is not None and ax.surely(lambda: count <= size):
             warnings.warn(
                 f"{who}: trains on {count} examples for groups of {size} features, too few to know "
                 f"their covariance, which has rank {max(count - 1, 0)} at most. Use larger "

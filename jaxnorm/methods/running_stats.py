@@ -209,7 +209,10 @@ class RunningStats(Spec):
         return ghost_batches(norm, self.ghost_batch_size)
 
     def _values_together(self: Any, x: jax.Array, features: int, who: str) -> int | None:
-        """How many values of each feature are normalized together, None if that differs."""
+        """How many values of each feature are normalized together, None if that differs.
+
+        A symbolic size (`jax.export`) if the input has some.
+        """
         local = x.size // max(features, 1)
         if self.ghost_batch_size is not None:
             return self.ghost_batch_size * local // max(x.shape[0], 1)

@@ -29,6 +29,7 @@ from jaxnorm.core.devices import AxisName, devices
 from jaxnorm.core.masks import checked_mask
 from jaxnorm.core.moments import Moments, Stats, moments_with_rest, pool_along
 from jaxnorm.core.normalize import normalize, normalize_with_stats
+from jaxnorm.core.rules import recomputed
 from jaxnorm.core.standardize import stats_along
 from jaxnorm.methods.affine import Affine
 from jaxnorm.methods.instance_norm import example_axes
@@ -208,7 +209,7 @@ def _normalized(
 
     batch = pool_along(each, of_examples, rest=rest, who=who, **pooling)
 
-    def from_evidence(x, each, batch, mean_weight, var_weight, scale, bias):
+    def from_evidence(x, where, each, batch, mean_weight, var_weight, scale, bias):
         mixed = _mixture(
             each.stats(),
             along(of_examples, pool_along(each, of_features, who=who).stats()),
@@ -225,9 +226,9 @@ def _normalized(
         )
 
     # Rematerialized, so that of what is mixed nothing is kept for the backward pass.
-    rematerialized = jax.checkpoint(from_evidence, prevent_cse=False)
     stats = batch.stats() if stats is None else stats
-    return rematerialized(x, each, stats, mean_weight, var_weight, scale, bias), batch
+    given = x, where, each, stats, mean_weight, var_weight, scale, bias
+    return recomputed(from_evidence, *given), batch
 
 
 def _mixture(

@@ -16,6 +16,8 @@ from jax import lax
 from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
 
+from jaxnorm.core import rules
+
 Label = tuple[Any, ...]
 
 
@@ -136,7 +138,7 @@ def has_marks(program: Any) -> bool:
 
 RUN_ONCE = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
 """Equations whose only inner program runs once, on all their arguments."""
-WITH_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+WITH_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", rules.NAME)
 """The same, with a derivative of their own."""
 
 

@@ -147,12 +147,15 @@ def beside_layers(key: Path) -> Iterator[tuple[Path, str]]:
     """The layers to which a variable of a wrapper around them may belong, and its role there.
 
     Linen: `("params", *wrapper, "conv/kernel/scale")`, where `conv` is below the wrapper or beside
-    it. NNX: `(*wrapper, "scales", "('kernel',)")`, `(*wrapper, "batch_stats", "('kernel', 'u')")`.
+    it; `"conv/kernel/value/scale"` if the kernel is boxed.
+    NNX: `(*wrapper, "scales", "('kernel',)")`, `(*wrapper, "batch_stats", "('kernel', 'u')")`.
     """
     name, *parts = key[-1].split("/")
     if parts:
-        yield (*key[1:-1], name), "/".join(parts)
-        yield (*key[1:-2], name), "/".join(parts)
+        boxed = len(parts) > 2 and parts[-2] == "value"
+        role = "/".join([*parts[:-2], parts[-1]] if boxed else parts)
+        yield (*key[1:-1], name), role
+        yield (*key[1:-2], name), role
     elif len(key) > 1 and key[-2] in ("scales", "batch_stats"):
         parts = re.findall(r"'([^']*)'", key[-1])
         if key[-2] == "scales":
