@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxnorm.linen.shell import Shell
 from jaxnorm.linen.weights import WeightShell
 from jaxnorm.tools.adapter.models import Arrays, Hook, LayerCall, Model, Path, Run, called, fresh
+from jaxnorm.tools.adapter.traces import Exchanged, Watched, traced_apart
 
 NORMS = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm, Shell)
 LINEAR = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
@@ -95,7 +96,7 @@ class LinenModel(Model):
 
         before, _RUNNING.run = getattr(_RUNNING, "run", None), this_run
         try:
-            with nn.intercept_methods(intercept):
+            with nn.intercept_methods(intercept), traced_apart(Watched()):
                 # Some layers write although nobody keeps it: a scan with a fixed set of
                 # collections.
                 out, _ = nn.apply(run, self._module, mutable=True)(
@@ -135,9 +136,12 @@ def own_values(layer: nn.Module) -> dict[str, jax.Array]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Given:
-    """A function of any layer that makes the given one, and hides it: Flax adopts what it finds."""
+    """A function of any layer that makes the given one, and hides it: Flax adopts what it finds.
+
+    Equal only to itself, since modules with lists among their options have no hash.
+    """
 
     layer: nn.Module
 
@@ -227,7 +231,8 @@ class Rewired(nn.Module):
         makers = getattr(_RUNNING, "makers", ())
         _RUNNING.makers = (*makers, maker)
         try:
-            with nn.intercept_methods(intercept):
+            exchanged = Exchanged(tuple(self.path), self.layers)
+            with nn.intercept_methods(intercept), traced_apart(exchanged):
                 return getattr(model, method)(*args, **kwargs)
         finally:
             _RUNNING.makers = makers
