@@ -9,7 +9,6 @@ from mistakes import Row
 from tool_models import vector
 
 from jaxnorm.tools.adapter.evidence import Collector
-from jaxnorm.tools.adapter.marks import harvest, mark
 from jaxnorm.tools.adapter.models import model_of
 
 X = vector()
@@ -82,10 +81,6 @@ def another_batch():
     taken.evidence(adapter.arrays, lambda model: model(x))
 
 
-def marked_in_a_loop():
-    harvest(lambda x: jax.lax.while_loop(lambda x: x < 3, lambda x: mark(("x",), x)[0] + 1, x))(0)
-
-
 ROWS = [
     Row(
         "batches for which a model calls different norms",
@@ -127,11 +122,5 @@ ROWS = [
             with_values=True,
         )
         for dtype in (jnp.bfloat16, jnp.float16)
-    ),
-    Row(
-        "a layer inside a loop of unknown length",
-        marked_in_a_loop,
-        ValueError,
-        r"^harvest: a layer lies inside 'while'.*nn\.scan",
     ),
 ]

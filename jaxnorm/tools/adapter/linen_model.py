@@ -45,6 +45,10 @@ class LinenModel(Model):
         """See `Model`."""
         return (collection, *path, name)
 
+    def owner(self, key: Path) -> Path:
+        """See `Model`."""
+        return key[1:-1]
+
     def collection(self, key: Path) -> str:
         """See `Model`."""
         return key[0]
@@ -76,7 +80,9 @@ class LinenModel(Model):
             elsewhere = _RUNNING.run is not this_run
             # `super().__call__` of a user's subclass comes here too.
             again = id(layer) in in_progress
+            # A model may initialize other modules, whose variables are its own parameters.
             unseen = context.method_name != "__call__" or again or elsewhere
+            unseen = unseen or layer.is_initializing()
             if unseen or not watched or _is_replaced(layer):
                 return next_fun(*args, **kwargs)
             x, arguments = called(layer, args, kwargs)

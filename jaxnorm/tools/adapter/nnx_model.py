@@ -41,6 +41,10 @@ class NNXModel(Model):
         """See `Model`."""
         return (*path, name)
 
+    def owner(self, key: Path) -> Path:
+        """See `Model`."""
+        return key[:-1]
+
     def collection(self, key: Path) -> str:
         """See `Model`."""
         for name, kind in VARIABLE_TYPES.items():
@@ -60,11 +64,12 @@ class NNXModel(Model):
 
     def known_layers(self, run: Run) -> dict[Path, Any]:
         """See `Model`."""
-        return {
-            tuple(map(str, path)): layer
-            for path, layer in nnx.iter_modules(self._merged(self.arrays))
-            if isinstance(layer, WATCHED)
-        }
+        return {path: part for path, part in self.modules().items() if isinstance(part, WATCHED)}
+
+    def modules(self) -> dict[Path, nnx.Module]:
+        """All modules of the model, by their paths."""
+        whole = self._merged(self.arrays)
+        return {tuple(map(str, path)): module for path, module in nnx.iter_modules(whole)}
 
     def _merged(self, arrays: Arrays) -> Any:
         flat = {

@@ -69,11 +69,6 @@ class Study:
         self._collector = Collector(
             self._model, lambda model: call(model, self._first), who, running_var, only
         )
-        if not self._collector.norms:
-            raise ValueError(
-                f"{who}: the call reaches no norm with stored statistics. Give a model that has "
-                f"some, such as batch norms, and call it so that it uses them: call=..."
-            )
         self._norms: Mapping[Path, Norm] = self._collector.norms
         self._step, self._merge = jax.jit(self._seen), jax.jit(self._together)
         self._finish = jax.jit(self._finished)
