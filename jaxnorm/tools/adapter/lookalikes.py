@@ -190,7 +190,8 @@ def _takes_a_root(module: nnx.Module, shape: Shape) -> bool:
         module(x)
 
     try:
-        program = jax.make_jaxpr(called)(state, x)
+        with jax.numpy_rank_promotion("allow"):
+            program = jax.make_jaxpr(called)(state, x)
     except Exception:  # the user's code, which may want any other input
         return True
     return bool(list(_around_roots(program, [()])))
