@@ -157,7 +157,7 @@ def model_of(model: Any, who: str) -> Model:
 
     Raises:
         TypeError: it is neither an NNX module nor a Linen module.
-        ValueError: it is a Linen module without variables.
+        ValueError: it is a Linen module without variables, or with some that contain themselves.
     """
     from flax import linen, nnx
 
@@ -176,7 +176,13 @@ def model_of(model: Any, who: str) -> Model:
             f"{who}: the Linen module {type(model).__name__} has no variables here. Bind them: "
             f"{who}({type(model).__name__.lower()}.bind(variables), ...)."
         )
-    return LinenModel(model, who)
+    try:
+        return LinenModel(model, who)
+    except RecursionError as error:
+        raise ValueError(
+            f"{who}: a dictionary among the variables of {type(model).__name__} contains itself. "
+            f"Bind arrays in a tree: {who}(model.bind({{'params': params}}), ...)."
+        ) from error
 
 
 def called(

@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxnorm.methods.accumulation import PREFIX
+from jaxnorm.tools.adapter.cycles import check_no_cycle
 from jaxnorm.tools.adapter.evidence import Blend, Collector, Estimate, Norm
 from jaxnorm.tools.adapter.models import Arrays, Model, Path, fresh, model_of
 from jaxnorm.tools.adapter.norms import Only
@@ -279,6 +280,7 @@ def _check_batches(batches: Any, order: str, who: str) -> None:
 
 
 def _check_values(batch: Any, model: Model, who: str) -> None:
+    check_no_cycle(batch, who)
     for leaf in jax.tree.leaves(batch):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | complex | float | int):
             raise TypeError(
