@@ -64,6 +64,21 @@ class OwnRMSNorm(nn.Module):
         return scale * x * (jnp.mean(x**2, -1, keepdims=True) + 1e-6) ** -0.5
 
 
+class Step(nn.Module):
+    """One step of a scan over norms, whose stored variables have an axis besides."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return OwnRMSNorm("weight", name="norm")(x), None
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        stacked = dict(variable_axes={"params": 0}, split_rngs={"params": True})
+        return nn.scan(Step, length=2, **stacked)(name="steps")(x, None)[0]
+
+
 class ByThisLibrary(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -223,6 +238,11 @@ class Looped(nn.Module):
 
 IN_LOOP = "lies inside 'while', out of which nothing can be read"
 OWN = "OwnBatchNorm is a norm by its variables"
+
+
+def test_a_norm_in_a_scan():
+    model = bound(Scanned())
+    assert tools.norm_mask(model, X) == {"steps": {"norm": {"weight": True}}}
 
 
 def looped():

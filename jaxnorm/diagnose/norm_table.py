@@ -80,7 +80,8 @@ def renderable(
     """What rich draws: the table, below it what there is to say."""
     not_seen = [Text(f"\nnot looked at: {path}: {why}.") for path, why in unseen.items()]
     if not rows:
-        nothing = Text("This call of the model runs through no normalization layers that it sees.")
+        seen = " that can be looked at" if unseen else ""
+        nothing = Text(f"This call of the model runs through no normalization layers{seen}.")
         return Group(nothing, *not_seen)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, expand=False)
     table.add_column("norm", vertical="bottom", overflow="fold", min_width=20)

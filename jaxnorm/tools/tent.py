@@ -234,15 +234,15 @@ def _adapted(
     model: Model, run: Callable[[Any], Any], norms: str, only: Only, who: str
 ) -> tuple[dict[Path, Any], dict[str, str]]:
     """The norms that adapt, by their paths, and why others do not."""
-    modules = modules_of(model, run, set())
+    modules = modules_of(model, run)
     calls = {path: calls[0] for path, calls in model.layers(run).items()}
-    norms = {path: call.layer for path, call in calls.items() if is_norm(call.layer)}
+    called = {path: call.layer for path, call in calls.items() if is_norm(call.layer)}
     adapted, left = {}, {}
-    for path, layer in chosen(norms | lookalikes(model, run), only, who).items():
+    for path, layer in chosen(called | lookalikes(model, run), only, who).items():
         if isinstance(layer, Lookalike):
             left["/".join(path)] = layer.why
-        elif calls[path].inside:
-            left["/".join(path)] = why_unread(calls[path].inside)
+        elif inside := calls[path].inside:
+            left["/".join(path)] = why_unread(inside)
         elif not calls_as_its_kind(layer):
             left["/".join(path)] = f"{type(layer).__name__} has a call of its own"
         elif any(map(has_frozen_affine, [layer, *modules.get(path, [])])):

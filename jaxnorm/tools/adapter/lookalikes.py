@@ -69,9 +69,8 @@ def lookalikes(model: Model, run: Run) -> dict[Path, Lookalike]:
 
     In Linen also what `run` does not call; of it the variables alone decide.
     """
-    own = _own_variables(model)
-    with_root: set[Path] = set()
-    modules = modules_of(model, run, with_root)
+    modules, with_root, inside = _seen(model, run)
+    own = _own_variables(model, inside)
     if isinstance(model, nnx_model.NNXModel):
         own = {path: variables for path, variables in own.items() if path in modules}
 
@@ -99,13 +98,30 @@ def lookalikes(model: Model, run: Run) -> dict[Path, Lookalike]:
     return found
 
 
-def modules_of(model: Model, run: Run, with_root: set[Path]) -> dict[Path, list[Any]]:
-    """The modules at each path: in Linen those that `run` calls, in NNX all.
+def modules_of(model: Model, run: Run) -> dict[Path, list[Any]]:
+    """The modules at each path: in Linen those that `run` calls, in NNX all."""
+    return _seen(model, run).modules
 
-    Adds to `with_root` the paths of those Linen modules that take a root.
+
+class _Seen(NamedTuple):
+    """What is seen of a model's modules.
+
+    Attributes:
+        modules: at each path, see `modules_of`.
+        with_root: the paths of the Linen modules whose calls take a root.
+        shapes: of the variables of Linen modules inside of their calls, by path and name; in
+            `nn.scan` those that are stored have axes besides.
     """
+
+    modules: dict[Path, list[Any]]
+    with_root: set[Path]
+    shapes: dict[Path, dict[str, Shape]]
+
+
+def _seen(model: Model, run: Run) -> _Seen:
     if isinstance(model, nnx_model.NNXModel):
-        return {path: [module] for path, module in model.modules().items()}
+        return _Seen({path: [module] for path, module in model.modules().items()}, set(), {})
+    shapes: dict[Path, dict[str, Shape]] = {}
     modules: dict[Path, list[Any]] = {}
 
     def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -114,6 +130,8 @@ def modules_of(model: Model, run: Run, with_root: set[Path]) -> dict[Path, list[
         path = tuple(context.module.path)
         if not isinstance(context.module, linen_model.Rewired):
             modules.setdefault(path, []).append(context.module)
+            values = linen_model.own_values(context.module)
+            shapes[path] = {name: jnp.shape(value) for name, value in values.items()}
         mark((BEGINS, path))
         out = next_fun(*args, **kwargs)
         mark((ENDS, path))
@@ -126,15 +144,18 @@ def modules_of(model: Model, run: Run, with_root: set[Path]) -> dict[Path, list[
     def running(arrays: Any) -> None:
         model.run(arrays, noting, lambda call: call.proceed(call.x))
 
-    with_root |= set(_around_roots(jax.make_jaxpr(running)(model.arrays), []))
-    return modules
+    with_root = set(_around_roots(jax.make_jaxpr(running)(model.arrays), []))
+    return _Seen(modules, with_root, shapes)
 
 
-def _own_variables(model: Model) -> dict[Path, dict[Path, Shape]]:
+def _own_variables(
+    model: Model, inside: Mapping[Path, Mapping[str, Shape]]
+) -> dict[Path, dict[Path, Shape]]:
     """The shapes of each module's variables, those of modules below it left out."""
     own: dict[Path, dict[Path, Shape]] = {}
     for key, leaf in model.arrays.items():
-        own.setdefault(model.owner(key), {})[key] = jnp.shape(leaf)
+        path = model.owner(key)
+        own.setdefault(path, {})[key] = inside.get(path, {}).get(key[-1], jnp.shape(leaf))
     return own
 
 
