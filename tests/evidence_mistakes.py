@@ -9,7 +9,6 @@ from mistakes import Row
 from tool_models import vector
 
 from jaxnorm.tools.adapter.evidence import Collector
-from jaxnorm.tools.adapter.marks import harvest, mark
 from jaxnorm.tools.adapter.models import model_of
 
 X = vector()
@@ -76,10 +75,6 @@ def another_batch():
     taken.evidence(adapter.arrays, lambda model: model(x))
 
 
-def marked_in_a_loop():
-    harvest(lambda x: jax.lax.while_loop(lambda x: x < 3, lambda x: mark(("x",), x)[0] + 1, x))(0)
-
-
 ROWS = [
     Row(
         "batches for which a model calls different norms",
@@ -117,11 +112,5 @@ ROWS = [
         TypeError,
         r"^population_stats, '.*BatchNorm_0': its statistics come to it as bfloat16.*as they are",
         with_values=True,
-    ),
-    Row(
-        "a layer inside a loop of unknown length",
-        marked_in_a_loop,
-        ValueError,
-        r"^harvest: a layer lies inside 'while'.*nn\.scan",
     ),
 ]

@@ -26,6 +26,13 @@ def encoded_by_an_exchanged_model():
     return rebuilt.encode(X)
 
 
+def endless():
+    """Variables that contain themselves."""
+    params = {"scale": jnp.ones(3)}
+    params["again"] = params
+    return {"params": params}
+
+
 X = jnp.ones((4, 3))
 MODULE = nn.BatchNorm(use_running_average=True)
 
@@ -52,6 +59,13 @@ ROWS = [
         ValueError,
         r"^fold: the Linen module BatchNorm has no variables here.*"
         r"fold\(batchnorm\.bind\(variables\), \.\.\.\)",
+    ),
+    Row(
+        "variables that contain themselves",
+        lambda: model_of(MODULE.bind(endless()), "fold"),
+        ValueError,
+        r"^fold: a dictionary among the variables of BatchNorm contains itself.*"
+        r"fold\(model\.bind\(\{'params': params\}\), \.\.\.\)",
     ),
     Row(
         "another method of a model whose layers were exchanged",

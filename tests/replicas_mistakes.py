@@ -22,6 +22,13 @@ def mapped(call, size):
     return lambda: jax.vmap(lambda _: call(), axis_name="a")(jnp.arange(size))
 
 
+def endless():
+    """A tree of statistics that contains itself."""
+    tree = stats_and()
+    tree["block"]["again"] = tree
+    return tree
+
+
 ROWS = [
     # The pure function
     Row(
@@ -102,6 +109,12 @@ ROWS = [
         lambda: merge_replicas(stats_and(), weights=[1, 2, 3]),
         ValueError,
         r"^merge_replicas, 'block/norm': weights of shape \(3,\)",
+    ),
+    Row(
+        "merge of a tree that contains itself",
+        lambda: merge_replicas([endless(), endless()]),
+        ValueError,
+        r"^merge_replicas: the tree\['block'\]\['again'\].*no end.*del tree\['block'\]\['again'\]",
     ),
     Row(
         "merge of no replicas",

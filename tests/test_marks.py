@@ -318,6 +318,16 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_programs_of_which_it_is_not_known_how_often_they_run_are_refused(name):
-    with pytest.raises(ValueError, match=f"^census: a layer lies inside '{name}'.*nn.scan"):
-        jax.eval_shape(harvest(LOOPS[name], who="census"), X)
+def test_programs_of_which_it_is_not_known_how_often_they_run_hide_what_is_marked(name):
+    """In them, in the middle of others, and in each step of a scan."""
+
+    def all_of_it(x):
+        return noted("before", x), LOOPS[name](x), lax.map(lambda _: LOOPS[name](x), X[0])
+
+    out, found = jax.eval_shape(harvest(all_of_it), X)
+    assert [(place.label, place.inside, len(place.values)) for place in found] == [
+        (("before",), None, 1),
+        (("x",), name, 0),
+        (("x",), name, 0),
+    ]
+    assert out == jax.eval_shape(all_of_it, X)

@@ -22,7 +22,7 @@ from jaxnorm.methods import InstanceNorm
 from jaxnorm.methods.narrow_stats import widened
 from jaxnorm.methods.spec import Spec
 from jaxnorm.tools.adapter.kinds import keeps_statistics, spec_of
-from jaxnorm.tools.adapter.marks import harvest, mark
+from jaxnorm.tools.adapter.marks import harvest, mark, why_unread
 from jaxnorm.tools.adapter.models import Arrays, LayerCall, Model, Path, Run
 
 FLAT_RANGE = 3.0
@@ -54,10 +54,11 @@ class Place(NamedTuple):
 
 def measured_places(
     model: Model, run: Run, arrays: Arrays, *, by_batch: bool, keep_inputs: bool, who: str
-) -> tuple[list[Place], Sequence[Any]]:
+) -> tuple[list[Place], dict[Path, str], Sequence[Any]]:
     """The layers that `run` calls, in the order of its program, without the measured arrays.
 
-    To be traced: the second result are the arrays, of each place a tuple, for `with_arrays`.
+    To be traced: the last result are the arrays, of each place a tuple, for `with_arrays`. The
+    second are layers of which nothing can be measured, and why.
     """
     called: list[Place] = []
 
@@ -68,9 +69,11 @@ def measured_places(
         called.append(place._replace(measured=structure))
         return y
 
-    _, found = harvest(lambda arrays: model.run(arrays, run, measure), who=model.who)(arrays)
-    places = [called[one.label[0]]._replace(lifted=one.lifted) for one in found]
-    return places, [one.values for one in found]
+    _, found = harvest(lambda arrays: model.run(arrays, run, measure))(arrays)
+    seen = [one for one in found if one.inside is None]
+    places = [called[one.label[0]]._replace(lifted=one.lifted) for one in seen]
+    unseen = {called[one.label[0]].path: why_unread(one.inside) for one in found if one.inside}
+    return places, unseen, [one.values for one in seen]
 
 
 def with_arrays(places: Sequence[Place], arrays: Sequence[Any]) -> list[Place]:

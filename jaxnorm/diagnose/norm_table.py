@@ -1,7 +1,7 @@
 """The report on norms as a table for the terminal."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from rich import box
@@ -74,10 +74,15 @@ def _what(row: NormRow) -> str:
     return ", ".join(parts)
 
 
-def renderable(rows: Sequence[NormRow], nonfinite: str | None) -> RenderableType:
+def renderable(
+    rows: Sequence[NormRow], nonfinite: str | None, unseen: Mapping[str, str]
+) -> RenderableType:
     """What rich draws: the table, below it what there is to say."""
+    not_seen = [Text(f"\nnot looked at: {path}: {why}.") for path, why in unseen.items()]
     if not rows:
-        return Text("This call of the model runs through no normalization layers.")
+        seen = " that can be looked at" if unseen else ""
+        nothing = Text(f"This call of the model runs through no normalization layers{seen}.")
+        return Group(nothing, *not_seen)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, expand=False)
     table.add_column("norm", vertical="bottom", overflow="fold", min_width=20)
     for heading, _ in COLUMNS:
@@ -93,7 +98,7 @@ def renderable(rows: Sequence[NormRow], nonfinite: str | None) -> RenderableType
         if row.warnings:
             parts.append(Text(f"\n{row.path}", style="bold"))
             parts += [Padding(Text(sentence), (0, 0, 0, 2)) for sentence in row.warnings]
-    return Group(*parts)
+    return Group(*parts, *not_seen)
 
 
 def as_text(drawn: RenderableType) -> str:

@@ -6,6 +6,7 @@ It looks at one batch; a batch that is not like the data gives a report that is 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,7 +15,8 @@ import numpy as np
 from jaxnorm.diagnose.norm_measures import Place, measured_places, with_arrays
 from jaxnorm.diagnose.norm_rows import NormRow, first_nonfinite, norm_rows
 from jaxnorm.diagnose.norm_table import as_text, renderable
-from jaxnorm.tools.adapter.models import Arrays, model_of
+from jaxnorm.tools.adapter.lookalikes import lookalikes
+from jaxnorm.tools.adapter.models import Arrays, Path, model_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,16 +31,19 @@ class NormReport:
         nonfinite: where NaN or infinite values come from, in a sentence: the first layer, norm,
             convolution or dense, that makes them of finite input, otherwise the first that receives
             them. None if all layers see and give finite values.
+        unseen: by their paths, what was not looked at, and why: norms that are users' own or are
+            not called, and layers in a `while_loop`.
     """
 
     rows: tuple[NormRow, ...]
     nonfinite: str | None
+    unseen: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        return as_text(renderable(self.rows, self.nonfinite))
+        return as_text(renderable(self.rows, self.nonfinite, self.unseen))
 
     def __rich__(self) -> Any:
-        return renderable(self.rows, self.nonfinite)
+        return renderable(self.rows, self.nonfinite, self.unseen)
 
     def picture(self) -> "Figure":
         """A figure of matplotlib: the channels of each norm, from the first to the last.
@@ -87,7 +92,7 @@ def report_norms(
 
     Raises:
         TypeError: `model` is neither an NNX nor a Linen module.
-        ValueError: it is a Linen module without variables, or a layer lies in a `while_loop`.
+        ValueError: it is a Linen module without variables.
 
     Numerics:
         Statistics are float32 or wider, as the layers take them. Singular values are computed in
@@ -116,6 +121,7 @@ def report_norms(
     given = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
     arrays = [leaf for leaf, is_array in zip(leaves, given, strict=True) if is_array]
     places: list[Place] = []
+    unseen: dict[Path, str] = {}
 
     @jax.jit
     def measure(variables: Arrays, arrays: list[Any]) -> Any:
@@ -126,14 +132,22 @@ def report_norms(
         ]
         args, kwargs = jax.tree.unflatten(structure, whole)
         options = dict(by_batch=by_batch, keep_inputs=singular_values)
-        places[:], measured = measured_places(
+        places[:], hidden, measured = measured_places(
             adapted, lambda model: model(*args, **kwargs), variables, **options, who=who
         )
+        unseen.update(hidden)
         return measured
 
+    unseen.update(
+        {
+            path: each.why
+            for path, each in lookalikes(adapted, lambda model: model(*args, **kwargs)).items()
+        }
+    )
     measured = measure(adapted.arrays, arrays)
     seen = with_arrays(places, measured)
     return NormReport(
         rows=norm_rows(adapted, seen, singular_values, who),
         nonfinite=first_nonfinite(adapted, seen),
+        unseen={"/".join(path): why for path, why in unseen.items()},
     )

@@ -27,8 +27,10 @@ from jaxnorm.core.axes import sizes
 from jaxnorm.core.masks import checked_mask, counting, weighted
 from jaxnorm.core.pooling import reciprocal
 from jaxnorm.tools.adapter.kinds import calls_as_its_kind, keeps_statistics, spec_of
+from jaxnorm.tools.adapter.lookalikes import Lookalike, lookalikes, modules_of
+from jaxnorm.tools.adapter.marks import why_unread
 from jaxnorm.tools.adapter.models import Arrays, Hook, LayerCall, Model, Path, fresh, model_of
-from jaxnorm.tools.adapter.norms import Only, chosen, is_norm, noting
+from jaxnorm.tools.adapter.norms import Only, chosen, is_norm
 from jaxnorm.tools.replacing.frozen import has_frozen_affine
 
 
@@ -258,12 +260,16 @@ def _adapted(
     model: Model, run: Callable[[Any], Any], norms: str, only: Only, who: str
 ) -> tuple[dict[Path, Any], dict[str, str]]:
     """The norms that adapt, by their paths, and why others do not."""
-    modules: dict[Path, list[Any]] = {}
-    called = {path: calls[0].layer for path, calls in model.layers(noting(modules, run)).items()}
-    wanted = chosen({path: layer for path, layer in called.items() if is_norm(layer)}, only, who)
+    modules = modules_of(model, run)
+    calls = {path: calls[0] for path, calls in model.layers(run).items()}
+    called = {path: call.layer for path, call in calls.items() if is_norm(call.layer)}
     adapted, left = {}, {}
-    for path, layer in wanted.items():
-        if not calls_as_its_kind(layer):
+    for path, layer in chosen(called | lookalikes(model, run), only, who).items():
+        if isinstance(layer, Lookalike):
+            left["/".join(path)] = layer.why
+        elif inside := calls[path].inside:
+            left["/".join(path)] = why_unread(inside)
+        elif not calls_as_its_kind(layer):
             left["/".join(path)] = f"{type(layer).__name__} has a call of its own"
         elif any(map(has_frozen_affine, [layer, *modules.get(path, [])])):
             left["/".join(path)] = "its scale and bias are frozen: no gradient reaches them"

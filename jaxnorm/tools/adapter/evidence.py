@@ -25,7 +25,8 @@ from jaxnorm.methods.accumulation import PREFIX
 from jaxnorm.methods.narrow_stats import rounded, widened
 from jaxnorm.methods.running_covariance import RunningCovariance
 from jaxnorm.tools.adapter.kinds import calls_as_its_kind, keeps_statistics, spec_of
-from jaxnorm.tools.adapter.marks import Marked, harvest, mark
+from jaxnorm.tools.adapter.lookalikes import lookalikes
+from jaxnorm.tools.adapter.marks import Marked, harvest, mark, why_unread
 from jaxnorm.tools.adapter.models import Arrays, LayerCall, Model, Path, Run
 from jaxnorm.tools.adapter.norms import Only, chosen
 
@@ -73,7 +74,9 @@ class Collector:
         TypeError: a norm whose statistics are cast on the way to it, or stored in 8 bits or as
             integers.
         ValueError: a norm that a user's subclass calls in its own way, whose statistics are not
-            stored as they are, or that lies in a loop.
+            stored as they are; no norm at all.
+
+    Warns of norms that it leaves: users' own, and those in a loop.
     """
 
     def __init__(
@@ -126,12 +129,13 @@ class Collector:
             mark((norm.path,), *jax.tree.leaves(evidence), *_lifting(norm, call))
             return normalized if norm.path in by_batch else y
 
-        watched = harvest(lambda arrays: self._model.run(arrays, run, observe), who=self._who)
+        watched = harvest(lambda arrays: self._model.run(arrays, run, observe))
         out, found = watched(arrays)
-        if [place.label for place in found] != self._labels:
+        labels = [place.label for place in found]
+        if labels != self._labels:
             raise ValueError(
                 f"{self._who}: the first batch called the norms {_names(self._labels)}, another "
-                f"{_names([place.label for place in found])}. Give batches for which the model "
+                f"{_names(labels)}. Give batches for which the model "
                 f"calls the same layers."
             )
         return out, {path: _pooled(norm, found) for path, norm in self.norms.items()}
@@ -259,15 +263,24 @@ class Collector:
             watched = harvest(
                 lambda arrays: self._model.run(arrays, run, observe),
                 every_branch=True,
-                who=self._who,
             )
             return watched(arrays)[1]
 
         numbers = _Numbers(self._model)
         high, low = (seen_inside(arrays) for arrays in numbers.as_arrays())
-        paths = dict.fromkeys([*(norm.path for norm in called), *of_users])
+        similar = {
+            path: each.why
+            for path, each in lookalikes(self._model, run).items()
+            if each.has_statistics and each.kind is not None
+        }
+        unread = {
+            called[place.label[0]].path: why_unread(place.inside) for place in high if place.inside
+        }
+        paths = dict.fromkeys([*(norm.path for norm in called), *of_users, *similar])
         self._left = paths.keys() - (chosen(paths, only, self._who) if paths else paths)
         self._check_known(of_users)
+        unhandled = {p: why for p, why in (unread | similar).items() if p not in self._left}
+        self._left |= unhandled.keys()
         calls: dict[Path, list[_Stored]] = {}
         for place, rest in zip(high, low, strict=True):
             norm = called[place.label[0]]
@@ -282,7 +295,24 @@ class Collector:
                 _Stored(norm, dict(zip(norm.roles, stored, strict=True)))
             )
             self._labels.append((norm.path,))
+        self._tell(unhandled, bool(calls))
         return {path: _norm(path, stored, self._where(path)) for path, stored in calls.items()}
+
+    def _tell(self, unhandled: Mapping[Path, str], others: bool) -> None:
+        """Warns of norms that keep their statistics, or raises if there are no others."""
+        said = "; ".join(f"'{'/'.join(path)}' {why}" for path, why in unhandled.items())
+        if not others:
+            raise ValueError(
+                f"{self._who}: the call reaches no norm with stored statistics"
+                f"{f' that can be handled: {said}' if said else ''}. Give a model that has some, "
+                f"such as batch norms, and call it so that it uses them: call=..."
+            )
+        if unhandled:
+            warnings.warn(
+                f"{self._who}: these norms keep their statistics: {said}. Without this warning: "
+                f"only=lambda path: path not in {['/'.join(path) for path in unhandled]}.",
+                stacklevel=2,
+            )
 
     def _check_known(self, of_users: Mapping[Path, str]) -> None:
         """Raises if a user's subclass, whose call may do anything, is among the chosen norms."""

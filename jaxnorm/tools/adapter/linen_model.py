@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxnorm.linen.shell import Shell
 from jaxnorm.linen.weights import WeightShell
 from jaxnorm.tools.adapter.models import Arrays, Hook, LayerCall, Model, Path, Run, called, fresh
+from jaxnorm.tools.adapter.traces import Exchanged, Watched, traced_apart
 
 NORMS = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm, Shell)
 LINEAR = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
@@ -43,6 +44,10 @@ class LinenModel(Model):
     def place(self, path: Path, name: str, collection: str) -> Path:
         """See `Model`."""
         return (collection, *path, name)
+
+    def owner(self, key: Path) -> Path:
+        """See `Model`."""
+        return key[1:-1]
 
     def collection(self, key: Path) -> str:
         """See `Model`."""
@@ -75,7 +80,9 @@ class LinenModel(Model):
             elsewhere = _RUNNING.run is not this_run
             # `super().__call__` of a user's subclass comes here too.
             again = id(layer) in in_progress
+            # A model may initialize other modules, whose variables are its own parameters.
             unseen = context.method_name != "__call__" or again or elsewhere
+            unseen = unseen or layer.is_initializing()
             if unseen or not watched or _is_replaced(layer):
                 return next_fun(*args, **kwargs)
             x, arguments = called(layer, args, kwargs)
@@ -95,7 +102,7 @@ class LinenModel(Model):
 
         before, _RUNNING.run = getattr(_RUNNING, "run", None), this_run
         try:
-            with nn.intercept_methods(intercept):
+            with nn.intercept_methods(intercept), traced_apart(Watched()):
                 # Some layers write although nobody keeps it: a scan with a fixed set of
                 # collections.
                 out, _ = nn.apply(run, self._module, mutable=True)(
@@ -135,9 +142,12 @@ def own_values(layer: nn.Module) -> dict[str, jax.Array]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Given:
-    """A function of any layer that makes the given one, and hides it: Flax adopts what it finds."""
+    """A function of any layer that makes the given one, and hides it: Flax adopts what it finds.
+
+    Equal only to itself, since modules with lists among their options have no hash.
+    """
 
     layer: nn.Module
 
@@ -227,7 +237,8 @@ class Rewired(nn.Module):
         makers = getattr(_RUNNING, "makers", ())
         _RUNNING.makers = (*makers, maker)
         try:
-            with nn.intercept_methods(intercept):
+            exchanged = Exchanged(tuple(self.path), self.layers)
+            with nn.intercept_methods(intercept), traced_apart(exchanged):
                 return getattr(model, method)(*args, **kwargs)
         finally:
             _RUNNING.makers = makers

@@ -7,7 +7,7 @@ the program, where `harvest` finds it, and lets the value travel out with the re
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,11 +31,14 @@ class Marked:
         values: the values, with one leading axis for each `jax.lax.scan` that the place lies in,
             the outermost first, and then one for each `jax.vmap` that any of them depends on.
         lifted: how many leading axes there are.
+        inside: the operation around the place out of which nothing can be read, such as `"while"`,
+            of which it is not known how often it runs; then there are no values. Otherwise None.
     """
 
     label: Label = dataclasses.field(metadata=dict(static=True))
     values: tuple[jax.Array, ...]
     lifted: int = dataclasses.field(metadata=dict(static=True))
+    inside: str | None = dataclasses.field(default=None, metadata=dict(static=True))
 
 
 mark_p = jex.Primitive("jaxnorm_mark")
@@ -78,7 +81,7 @@ mlir.register_lowering(mark_p, lambda _, *values, **__: values)
 
 
 def harvest(
-    fun: Callable[..., Any], *, every_branch: bool = False, who: str = "harvest"
+    fun: Callable[..., Any], *, every_branch: bool = False
 ) -> Callable[..., tuple[Any, list[Marked]]]:
     """`fun` with all that was marked while it ran, in the order of its program.
 
@@ -86,14 +89,13 @@ def harvest(
     the values that it would have. What is marked inside a function with a derivative of its own
     (`jax.custom_jvp`, `jax.custom_vjp`) is read, but the result has the derivative of its body.
 
-    Raises:
-        ValueError: something was marked inside a `jax.lax.while_loop` or another program of which
-            it is not known how often it runs.
+    Inside a `jax.lax.while_loop` or another program of which it is not known how often it runs, a
+    place has no values, and says what it lies in.
     """
 
     def harvesting(*args: Any) -> tuple[Any, list[Marked]]:
         closed, shape = jax.make_jaxpr(fun, return_shape=True)(*args)
-        found = _Found(every_branch, who)
+        found = _Found(every_branch)
         out = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), found)
         return jax.tree.unflatten(jax.tree.structure(shape), out), list(found)
 
@@ -103,13 +105,13 @@ def harvest(
 class _Found(list[Marked]):
     """What was marked in a program so far."""
 
-    def __init__(self, every_branch: bool, who: str):
+    def __init__(self, every_branch: bool):
         super().__init__()
-        self.every_branch, self.who = every_branch, who
+        self.every_branch = every_branch
 
     def inside(self) -> "_Found":
         """For a program inside."""
-        return _Found(self.every_branch, self.who)
+        return _Found(self.every_branch)
 
 
 def inner_programs(equation: Any) -> list[Any]:
@@ -128,11 +130,25 @@ def opened(program: Any) -> tuple[Any, Sequence[Any]]:
     return (program.jaxpr, program.consts) if hasattr(program, "consts") else (program, ())
 
 
+def labels(program: Any) -> Iterator[Label]:
+    """What is marked in a program, and in those inside it, by the labels."""
+    for equation in opened(program)[0].eqns:
+        if equation.primitive is mark_p:
+            yield equation.params["label"]
+        for inner in inner_programs(equation):
+            yield from labels(inner)
+
+
 def has_marks(program: Any) -> bool:
     """Whether anything is marked in a program, or in one inside it."""
-    return any(
-        equation.primitive is mark_p or any(map(has_marks, inner_programs(equation)))
-        for equation in opened(program)[0].eqns
+    return next(labels(program), None) is not None
+
+
+def why_unread(operation: str) -> str:
+    """Why a layer inside this operation cannot be handled."""
+    return (
+        f"lies inside '{operation}', out of which nothing can be read. Use jax.lax.scan or "
+        f"nn.scan, or call the layer outside"
     )
 
 
@@ -163,22 +179,19 @@ def _run(equation: Any, inputs: list[Any], found: _Found) -> Sequence[Any]:
         found.append(Marked(params["label"], tuple(inputs), params["lifted"]))
         return inputs
     programs = inner_programs(equation)
-    if not any(map(has_marks, programs)):
-        options = equation.primitive.get_bind_params(params)
-        with equation.ctx.manager:
-            outputs = equation.primitive.bind(*inputs, **options)
-        return outputs if equation.primitive.multiple_results else [outputs]
-    if name in RUN_ONCE or name in WITH_RULES:
+    marked = dict.fromkeys(label for program in programs for label in labels(program))
+    if marked and (name in RUN_ONCE or name in WITH_RULES):
         jaxpr, consts = opened(programs[0])
         return _evaluate(jaxpr, consts, inputs, found)
-    if name == "scan":
+    if marked and name == "scan":
         return _run_scan(params, inputs, found)
-    if name == "cond":
+    if marked and name == "cond":
         return _run_cond(params, inputs, found)
-    raise ValueError(
-        f"{found.who}: a layer lies inside '{name}', out of which nothing can be read. Use "
-        f"jax.lax.scan or nn.scan, or call the layer outside."
-    )
+    found.extend(Marked(label, (), 0, inside=name) for label in marked)
+    options = equation.primitive.get_bind_params(params)
+    with equation.ctx.manager:
+        outputs = equation.primitive.bind(*inputs, **options)
+    return outputs if equation.primitive.multiple_results else [outputs]
 
 
 def scan_inputs(params: Any, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -207,7 +220,7 @@ def _run_scan(params: Any, inputs: list[Any], found: _Found) -> list[Any]:
         body, carry, xs, length=params["length"], reverse=params["reverse"]
     )
     for place, values in zip(places, marked, strict=True):
-        found.append(Marked(place.label, values, place.lifted + 1))
+        found.append(dataclasses.replace(place, values=values, lifted=place.lifted + 1))
     return [*carry, *ys]
 
 

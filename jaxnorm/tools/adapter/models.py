@@ -32,6 +32,8 @@ class LayerCall(NamedTuple):
         arguments: all other arguments, by name, those not given left out.
         values: the layer's own variables as they are inside, by name.
         proceed: runs the layer as the model does, on the given input.
+        inside: the operation around it out of which nothing can be read, such as `"while"`; known
+            only after the run.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class LayerCall(NamedTuple):
     arguments: Mapping[str, Any]
     values: Mapping[str, jax.Array]
     proceed: Callable[[Any], Any]
+    inside: str | None = None
 
 
 Hook = Callable[[LayerCall], Any]
@@ -67,6 +70,10 @@ class Model(abc.ABC):
     @abc.abstractmethod
     def place(self, path: Path, name: str, collection: str) -> Path:
         """Where in `arrays` a new variable of the layer at `path` belongs."""
+
+    @abc.abstractmethod
+    def owner(self, key: Path) -> Path:
+        """The path of the module that a variable belongs to."""
 
     @abc.abstractmethod
     def collection(self, key: Path) -> str:
@@ -100,7 +107,17 @@ class Model(abc.ABC):
 
     def known_layers(self, run: Run) -> dict[Path, Any]:
         """The layers by their paths: in Linen those that `run` calls, in NNX all."""
-        return {path: calls[0].layer for path, calls in self.layers(run).items()}
+        layers: dict[Path, Any] = {}
+
+        def note(call: LayerCall) -> Any:
+            layers.setdefault(call.path, call.layer)
+            return call.proceed(call.x)
+
+        def running(arrays: Arrays) -> None:
+            self.run(arrays, run, note)
+
+        jax.eval_shape(running, self.arrays)
+        return layers
 
     def params_of(self, path: Path) -> dict[str, Path]:
         """Where in `arrays` the parameters of the layer at `path` are, by name."""
@@ -120,11 +137,13 @@ class Model(abc.ABC):
             return call.proceed(x)
 
         # Flax runs the body of a scan more often than the program does: the program is asked.
-        watched = harvest(lambda arrays: self.run(arrays, run, note), who=self.who)
-        _, found = jax.eval_shape(watched, self.arrays)
+        def running(arrays: Arrays) -> None:
+            self.run(arrays, run, note)
+
+        _, found = jax.eval_shape(harvest(running), self.arrays)
         calls: dict[Path, list[LayerCall]] = {}
         for place in found:
-            call = noted[place.label[0]]
+            call = noted[place.label[0]]._replace(inside=place.inside)
             calls.setdefault(call.path, []).append(call)
         return calls
 
@@ -138,7 +157,7 @@ def model_of(model: Any, who: str) -> Model:
 
     Raises:
         TypeError: it is neither an NNX module nor a Linen module.
-        ValueError: it is a Linen module without variables.
+        ValueError: it is a Linen module without variables, or with some that contain themselves.
     """
     from flax import linen, nnx
 
@@ -157,7 +176,13 @@ def model_of(model: Any, who: str) -> Model:
             f"{who}: the Linen module {type(model).__name__} has no variables here. Bind them: "
             f"{who}({type(model).__name__.lower()}.bind(variables), ...)."
         )
-    return LinenModel(model, who)
+    try:
+        return LinenModel(model, who)
+    except RecursionError as error:
+        raise ValueError(
+            f"{who}: a dictionary among the variables of {type(model).__name__} contains itself. "
+            f"Bind arrays in a tree: {who}(model.bind({{'params': params}}), ...)."
+        ) from error
 
 
 def called(

@@ -1,7 +1,6 @@
 """An NNX module, as the tools see it."""
 
 import functools
-import itertools
 import operator
 import threading
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from flax import nnx
 
 from jaxnorm.nnx.shell import VARIABLE_TYPES, Shell
 from jaxnorm.tools.adapter.models import Arrays, Hook, LayerCall, Model, Path, Run, called, fresh
+from jaxnorm.tools.adapter.traces import Watched, traced_apart
 
 NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm, Shell)
 LINEAR = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
@@ -41,6 +41,10 @@ class NNXModel(Model):
         """See `Model`."""
         return (*path, name)
 
+    def owner(self, key: Path) -> Path:
+        """See `Model`."""
+        return key[:-1]
+
     def collection(self, key: Path) -> str:
         """See `Model`."""
         for name, kind in VARIABLE_TYPES.items():
@@ -60,11 +64,12 @@ class NNXModel(Model):
 
     def known_layers(self, run: Run) -> dict[Path, Any]:
         """See `Model`."""
-        return {
-            tuple(map(str, path)): layer
-            for path, layer in nnx.iter_modules(self._merged(self.arrays))
-            if isinstance(layer, WATCHED)
-        }
+        return {path: part for path, part in self.modules().items() if isinstance(part, WATCHED)}
+
+    def modules(self) -> dict[Path, nnx.Module]:
+        """All modules of the model, by their paths."""
+        whole = self._merged(self.arrays)
+        return {tuple(map(str, path)): module for path, module in nnx.iter_modules(whole)}
 
     def _merged(self, arrays: Arrays) -> Any:
         flat = {
@@ -78,14 +83,14 @@ class NNXModel(Model):
         """See `Model`."""
         model = self._merged(arrays)
         model.eval()
-        run_number = next(_RUNS)
         for path, layer in nnx.iter_modules(model):
             if isinstance(layer, WATCHED):
                 object.__setattr__(layer, "__class__", _watched(type(layer)))
-                setattr(layer, _WATCHED_AS, (tuple(map(str, path)), run_number))
+                setattr(layer, _WATCHED_AS, tuple(map(str, path)))
         before, _CURRENT.hook = getattr(_CURRENT, "hook", None), hook
         try:
-            return run(model)
+            with traced_apart(Watched()):
+                return run(model)
         finally:
             _CURRENT.hook = before
 
@@ -132,12 +137,10 @@ def _exchange(node: Any, new: Mapping[int, Any]) -> None:
 
 
 _WATCHED_AS = "watched_as"
-"""The attribute of a watched layer with its path and the number of the run."""
+"""The attribute of a watched layer with its path."""
 
 _CURRENT = threading.local()
 """The hook of the run in progress."""
-_RUNS = itertools.count()
-"""A number for each run, part of its layers, so that an inner `nnx.jit` traces each run anew."""
 
 
 @functools.cache
@@ -148,7 +151,7 @@ def _watched(cls: type) -> type:
         x, arguments = called(self, args, kwargs)
         return _CURRENT.hook(
             LayerCall(
-                path=getattr(self, _WATCHED_AS)[0],
+                path=getattr(self, _WATCHED_AS),
                 layer=self,
                 x=x,
                 arguments=arguments,

@@ -18,6 +18,7 @@ from jax.core import Tracer
 from jaxnorm.core import precision
 from jaxnorm.core.moments import Stats
 from jaxnorm.tools.adapter.kinds import spec_of
+from jaxnorm.tools.adapter.lookalikes import lookalikes
 from jaxnorm.tools.adapter.models import Arrays, Model, Path, Run, model_of
 from jaxnorm.tools.adapter.norms import NORMS, Only, chosen
 from jaxnorm.tools.folding.dataflow import dataflow
@@ -140,6 +141,8 @@ def fold(
 
     flow = dataflow(adapter, run)
     norms = {p.call.path: p.call.layer for p in flow.places if isinstance(p.call.layer, NORMS)}
+    similar = {path: each for path, each in lookalikes(adapter, run).items() if each.kind}
+    norms |= similar
     pairing = Pairing(adapter, flow, chosen(norms, only, who) if norms else ())
     folded = _without_norms(model, adapter, pairing.pairs, run)
     difference = _difference(adapter, model_of(folded, who), run)
@@ -161,7 +164,12 @@ def fold(
     return Folded(
         model=folded,
         pairs={"/".join(p): "/".join(pair.layer.call.path) for p, pair in pairing.pairs.items()},
-        left={"/".join(path): reason for path, reason in pairing.left.items()},
+        left={
+            "/".join(path): reason
+            for path, reason in (
+                pairing.left | {path: each.why for path, each in similar.items()}
+            ).items()
+        },
         difference=difference,
     )
 

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxnorm.tools.adapter.kinds import keeps_statistics, spec_of
+from jaxnorm.tools.adapter.lookalikes import Lookalike
 from jaxnorm.tools.adapter.models import Model, Path, model_of
-from jaxnorm.tools.adapter.norms import UNREACHED, Only, Unreached, chosen, norms_of
+from jaxnorm.tools.adapter.norms import Only, chosen, norms_of
 from jaxnorm.tools.replacing.frozen import frozen_layer
 
 
@@ -100,8 +101,8 @@ def freeze(
     layers = {}
     for path, layer in norms.items():
         name = "/".join(path)
-        if isinstance(layer, Unreached):
-            left[name] = UNREACHED
+        if isinstance(layer, Lookalike):
+            left[name] = layer.why
             continue
         stored = statistics and keeps_statistics(spec_of(layer))
         params = tuple(sorted(known.params_of(path), reverse=True)) if affine else ()
@@ -221,14 +222,20 @@ def _norm_params(
     """A model, and which of its arrays are parameters of the chosen norms."""
     known = model_of(model, who)
     norms = chosen(norms_of(known, model, args, kwargs, who), only, who)
-    missed = ["/".join(path) for path, norm in norms.items() if isinstance(norm, Unreached)]
+    similar = {path: norm for path, norm in norms.items() if isinstance(norm, Lookalike)}
+    missed = ["/".join(path) for path, norm in similar.items() if norm.kind is None]
     if missed:
         raise ValueError(
             f"{who}: {missed} have variables like norms, but are not called in the example call. "
             f"Call the model as in training: {who}(model.bind(variables, rngs={{'dropout': key}}), "
             f"x, train=True). If they are no norms: only=lambda path: path not in {missed}."
         )
-    return known, {key for path in norms for key in known.params_of(path).values()}
+    return known, {
+        key
+        for path in norms
+        for name, key in known.params_of(path).items()
+        if path not in similar or name in similar[path].params
+    }
 
 
 def _described(left: Mapping[str, str]) -> str:

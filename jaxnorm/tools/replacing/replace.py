@@ -15,8 +15,9 @@ from flax import nnx
 
 from jaxnorm.methods import BatchNorm
 from jaxnorm.tools.adapter.kinds import method_of, spec_of
+from jaxnorm.tools.adapter.lookalikes import Lookalike
 from jaxnorm.tools.adapter.models import Arrays, Model, Path, fresh, model_of
-from jaxnorm.tools.adapter.norms import UNREACHED, Only, Unreached, chosen, is_norm, norms_of
+from jaxnorm.tools.adapter.norms import Only, chosen, norms_of
 from jaxnorm.tools.replacing.fitting import initial, kept_of, misfit, slots_of
 from jaxnorm.tools.replacing.replacements import By, To
 
@@ -166,11 +167,11 @@ def replace(model: Any, by: By, *args: Any, only: Only = None, **kwargs: Any) ->
     norms = norms_of(held, model, args, kwargs, who)
     batch_norms = {path: norm for path, norm in norms.items() if _is_batch_norm(norm)}
     if not batch_norms:
-        others = [
-            f"'{'/'.join(path)}' ({type(norm).__name__})"
+        kinds = {
+            "/".join(path): norm.why if isinstance(norm, Lookalike) else type(norm).__name__
             for path, norm in norms.items()
-            if is_norm(norm)
-        ]
+        }
+        others = [f"'{path}' ({kind})" for path, kind in kinds.items()]
         raise ValueError(
             f"{who}: found no batch norm, but {', '.join(others) or 'a model without norms'}. Give "
             f"a model with a batch norm that it calls. The way back from other norms is that of "
@@ -181,8 +182,8 @@ def replace(model: Any, by: By, *args: Any, only: Only = None, **kwargs: Any) ->
     layers, changed, refused = {}, [], {}
     for path, layer in chosen(batch_norms, only, who).items():
         name, here = "/".join(path), calls.get(path, [])
-        if isinstance(layer, Unreached):
-            refused[name] = UNREACHED
+        if isinstance(layer, Lookalike):
+            refused[name] = layer.why
             continue
         if isinstance(by, To) and (reason := misfit(held, by, layer, here, path)):
             refused[name] = reason
@@ -212,9 +213,9 @@ def replace(model: Any, by: By, *args: Any, only: Only = None, **kwargs: Any) ->
 
 
 def _is_batch_norm(norm: Any) -> bool:
-    """Whether a norm is a batch norm, or one by its variables, if it is not called."""
-    if isinstance(norm, Unreached):
-        return norm.names >= {"mean", "var"}
+    """Whether a norm is a batch norm, or one by its variables, if it is not known."""
+    if isinstance(norm, Lookalike):
+        return norm.has_statistics
     return method_of(norm) is BatchNorm
 
 

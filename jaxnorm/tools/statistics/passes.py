@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxnorm.methods.accumulation import PREFIX
+from jaxnorm.tools.adapter.cycles import check_no_cycle
 from jaxnorm.tools.adapter.evidence import Blend, Collector, Estimate, Norm
 from jaxnorm.tools.adapter.models import Arrays, Model, Path, fresh, model_of
 from jaxnorm.tools.adapter.norms import Only
@@ -69,11 +70,6 @@ class Study:
         self._collector = Collector(
             self._model, lambda model: call(model, self._first), who, running_var, only
         )
-        if not self._collector.norms:
-            raise ValueError(
-                f"{who}: the call reaches no norm with stored statistics. Give a model that has "
-                f"some, such as batch norms, and call it so that it uses them: call=..."
-            )
         self._norms: Mapping[Path, Norm] = self._collector.norms
         self._step, self._merge = jax.jit(self._seen), jax.jit(self._together)
         self._finish = jax.jit(self._finished)
@@ -285,6 +281,7 @@ def _check_batches(batches: Any, order: str, who: str) -> None:
 
 
 def _check_values(batch: Any, model: Model, who: str) -> None:
+    check_no_cycle(batch, who)
     for leaf in jax.tree.leaves(batch):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | complex | float | int):
             raise TypeError(

@@ -59,7 +59,8 @@ def population_stats(
     Returns:
         A model of the same kind, with copies of all other variables. Evidence that waited for a
         step (`update_every`) is dropped; counts of steps (`updates`, `step`) stay. Norms that the
-        call does not reach, and features of which no value is valid, keep their statistics.
+        call does not reach, and features of which no value is valid, keep their statistics. So do
+        a user's own norms and those in a `while` loop, with a warning that names them.
 
     Raises:
         TypeError: no model with variables; batches that are none, or that can be gone through only

@@ -20,6 +20,7 @@ from jaxnorm.core.covariance import Comoments, JointStats, pool_comoments
 from jaxnorm.core.devices import AxisName, axis_names, check_bound
 from jaxnorm.core.moments import Moments, Stats, pool
 from jaxnorm.core.replicas import pool_stats
+from jaxnorm.tools.adapter.cycles import check_no_cycle
 
 _ROLE_AND_DOMAIN = re.compile(
     "((?:pending_)?(?:mean|var|cov)|pending_count|pending_batches|updates|step)(_.*)?"
@@ -232,7 +233,8 @@ def _tree(batch_stats: Any, axis_name: AxisName | None, who: str) -> Any:
 
     Raises:
         TypeError: it is no mapping.
-        ValueError: the list is empty, or stands beside an axis name; or trees differ.
+        ValueError: the list is empty, or stands beside an axis name; or trees differ, or contain
+            themselves.
     """
     several = isinstance(batch_stats, Sequence) and not isinstance(batch_stats, str)
     trees = list(batch_stats) if several else [batch_stats]
@@ -242,6 +244,7 @@ def _tree(batch_stats: Any, axis_name: AxisName | None, who: str) -> Any:
                 f"{who}: found {type(tree).__name__}, but needs the variables of a model by name. "
                 f"Use variables['batch_stats'] in Linen, nnx.state(model, nnx.BatchStat) in NNX."
             )
+        check_no_cycle(tree, who)
     if not several:
         return batch_stats
     if not trees or axis_name is not None:
