@@ -13,7 +13,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxnorm.linen.shell import Shell
 from jaxnorm.linen.weights import WeightShell
-from jaxnorm.tools.adapter.models import Arrays, Hook, LayerCall, Model, Path, Run, called, fresh
+from jaxnorm.tools.adapter.models import (
+    Arrays,
+    Hook,
+    LayerCall,
+    Model,
+    Path,
+    Run,
+    called,
+    finished,
+    fresh,
+)
 
 NORMS = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm, Shell)
 LINEAR = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
@@ -228,7 +238,7 @@ class Rewired(nn.Module):
         _RUNNING.makers = (*makers, maker)
         try:
             with nn.intercept_methods(intercept):
-                return getattr(model, method)(*args, **kwargs)
+                return finished(getattr(model, method)(*args, **kwargs))
         finally:
             _RUNNING.makers = makers
 

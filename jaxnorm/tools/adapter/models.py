@@ -9,13 +9,13 @@ watching its layers, exchanging variables and layers, is said once, here, and do
 import abc
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.tools.adapter.marks import harvest, mark
+from jaxnorm.tools.adapter.marks import arrays_in, harvest, mark
 
 Path = tuple[str, ...]
 Arrays = dict[Path, Any]
@@ -40,6 +40,22 @@ class LayerCall(NamedTuple):
     arguments: Mapping[str, Any]
     values: Mapping[str, jax.Array]
     proceed: Callable[[Any], Any]
+
+
+class Unfinished(abc.ABC):
+    """What a layer of a rebuilt model returns, if only another layer of it may take that."""
+
+    @abc.abstractmethod
+    def misused(self) -> NoReturn:
+        """Raises: it went somewhere else."""
+
+
+def finished(out: Any) -> Any:
+    """What a rebuilt model returns, in which nothing is `Unfinished`."""
+    for leaf in jax.tree.leaves(out, is_leaf=lambda leaf: isinstance(leaf, Unfinished)):
+        if isinstance(leaf, Unfinished):
+            leaf.misused()
+    return out
 
 
 Hook = Callable[[LayerCall], Any]
@@ -120,7 +136,7 @@ class Model(abc.ABC):
             return call.proceed(x)
 
         # Flax runs the body of a scan more often than the program does: the program is asked.
-        watched = harvest(lambda arrays: self.run(arrays, run, note), who=self.who)
+        watched = harvest(lambda arrays: arrays_in(self.run(arrays, run, note)), who=self.who)
         _, found = jax.eval_shape(watched, self.arrays)
         calls: dict[Path, list[LayerCall]] = {}
         for place in found:

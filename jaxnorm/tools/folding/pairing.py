@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxnorm.core.axes import sizes
 from jaxnorm.methods import AdaBN, BatchNorm, BatchRenorm, IBNa, InstanceNorm, SwitchableNorm
 from jaxnorm.methods.running_covariance import RunningCovariance
@@ -17,6 +19,7 @@ from jaxnorm.tools.adapter.models import LayerCall, Model, Path
 from jaxnorm.tools.adapter.norms import NORMS
 from jaxnorm.tools.folding.dataflow import Dataflow, Place, Step
 from jaxnorm.tools.folding.linear_layers import LINEAR, kept_axes, pads_with_zeros
+from jaxnorm.tools.folding.product import Product, product_of
 
 FIXED_BY_FEATURE = (BatchNorm, BatchRenorm, AdaBN, InstanceNorm)
 """The methods that, if they keep statistics, scale and shift each feature by stored numbers."""
@@ -40,6 +43,8 @@ class Pair:
         keys: where in the model's arrays the variables are: `kernel`, the layer's `bias`, and the
             norm's `mean`, `var`, `scale` and `offset`, as far as there are any.
         dtype: that of the norm's result.
+        rounding: the largest machine epsilon among the dtypes of the variables, the layer's product
+            and the norm's result.
         domain: that of the call, for a norm that has several.
     """
 
@@ -50,6 +55,7 @@ class Pair:
     stacked: int
     keys: dict[str, Path]
     dtype: Any
+    rounding: float
     domain: str | None
 
 
@@ -146,16 +152,19 @@ class Pairing:
                     f"{_name(place)} has no {name} of its own: it is that of another, "
                     f"'{'/'.join(key)}'"
                 )
-            others = self._flow.others_that_use(key, place) if place is layer else []
-            if others:
+            if others := self._flow.others_that_use(key, place):
                 used = ", ".join(dict.fromkeys(map(self._described, others)))
                 return f"the {name} of {_name(place)} is also used by {used}"
             keys[role] = key
             stacked.add(self._model.arrays[key].ndim - place.call.values[name].ndim)
         if len(stacked) > 1:
             return f"it and {_name(layer)} are not repeated alike: one has variables for each step"
+        product = product_of(self._flow, layer, keys["kernel"], keys.get("bias"))
+        if not isinstance(product, Product):
+            return f"{_name(layer)} does more than its kind: {self._more(product)}"
         outputs = list(kept)
-        end = self._flow.steps[norm.ends]
+        dtype = self._flow.shape(self._flow.steps[norm.ends].outputs[0]).dtype
+        dtypes = [dtype, *(self._model.arrays[key].dtype for key in keys.values())]
         return Pair(
             norm=norm,
             layer=layer,
@@ -163,9 +172,13 @@ class Pairing:
             norm_axes=tuple(outputs.index(axis) for axis in axes),
             stacked=stacked.pop(),
             keys=keys,
-            dtype=self._flow.shape(end.outputs[0]).dtype,
+            dtype=dtype,
+            rounding=max(product.rounding, *(float(jnp.finfo(dtype).eps) for dtype in dtypes)),
             domain=_domain(norm.call),
         )
+
+    def _more(self, product: Step | str) -> str:
+        return product if isinstance(product, str) else f"its kernel or output goes through {product}"
 
     def _described(self, step: Step | None) -> str:
         place = self._flow.place(step)
