@@ -14,6 +14,7 @@ import numpy as np
 from jaxnorm.diagnose.norm_measures import Place, measured_places, with_arrays
 from jaxnorm.diagnose.norm_rows import NormRow, first_nonfinite, norm_rows
 from jaxnorm.diagnose.norm_table import as_text, renderable
+from jaxnorm.tools.adapter.calling import example_call
 from jaxnorm.tools.adapter.models import Arrays, model_of
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def report_norms(
         args, kwargs = jax.tree.unflatten(structure, whole)
         options = dict(by_batch=by_batch, keep_inputs=singular_values)
         places[:], measured = measured_places(
-            adapted, lambda model: model(*args, **kwargs), variables, **options, who=who
+            adapted, example_call(args, kwargs, who), variables, **options, who=who
         )
         return measured
 

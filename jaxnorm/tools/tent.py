@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core import checks, precision
 from jaxnorm.core.axes import sizes
+from jaxnorm.tools.adapter.calling import Call, call_of, on_batch
 from jaxnorm.tools.adapter.kinds import calls_as_its_kind, keeps_statistics, spec_of
 from jaxnorm.tools.adapter.models import Arrays, Hook, LayerCall, Model, Path, fresh, model_of
 from jaxnorm.tools.adapter.norms import Only, chosen, is_norm, noting
@@ -68,7 +69,7 @@ def tent(
     optimizer: optax.GradientTransformation,
     batch: Any,
     *,
-    call: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
+    call: Call = on_batch,
     only: Only = None,
     norms: Literal["stored", "all"] = "stored",
     steps: int = 1,
@@ -138,6 +139,7 @@ def tent(
         their own (`BatchRenorm`, `ghost_batch_size`) normalize as in training.
     """
     who = "tent"
+    call = call_of(call, who)
     known = model_of(model, who)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(

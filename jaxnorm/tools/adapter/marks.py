@@ -100,7 +100,7 @@ def harvest(
         closed = jax.make_jaxpr(arrays_of)(*args)
         found = _Found(every_branch, who)
         arrays = iter(_evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), found))
-        out = jax.tree.map(lambda leaf: next(arrays) if _is_array(leaf) else leaf, returned[0])
+        out = jax.tree.map(lambda leaf: next(arrays) if is_array(leaf) else leaf, returned[0])
         return out, list(found)
 
     return harvesting
@@ -108,10 +108,11 @@ def harvest(
 
 def arrays_in(out: Any) -> list[Any]:
     """The arrays and numbers in what a model returns, without text and other objects."""
-    return [leaf for leaf in jax.tree.leaves(out) if _is_array(leaf)]
+    return [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether JAX takes a leaf for an array: numbers, but no text."""
     try:
         jax.typeof(leaf)
     except TypeError:

@@ -8,6 +8,7 @@ from flax import linen
 
 from jaxnorm.tools.adapter import linen_model, nnx_model
 from jaxnorm.tools.adapter.kinds import method_of
+from jaxnorm.tools.adapter.calling import example_call
 from jaxnorm.tools.adapter.models import Model, Path, Run
 
 Only = str | Callable[[str], bool] | None
@@ -45,7 +46,7 @@ def norms_of(model: Model, given: Any, args: Any, kwargs: Any, who: str) -> dict
             f"are known only in one. Add an example input: {who}(model.bind(variables), x)."
         )
     modules: dict[Path, list[linen.Module]] = {}
-    layers = model.known_layers(noting(modules, lambda model: model(*args, **kwargs)))
+    layers = model.known_layers(noting(modules, example_call(args, kwargs, who)))
     norms = {path: layer for path, layer in layers.items() if is_norm(layer)}
     if not isinstance(given, linen.Module):
         return norms

@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from jaxnorm.core import precision
 from jaxnorm.core.moments import Stats
+from jaxnorm.tools.adapter.calling import example_call, first_line
 from jaxnorm.tools.adapter.kinds import spec_of
 from jaxnorm.tools.adapter.marks import arrays_in
 from jaxnorm.tools.adapter.models import Arrays, Model, Path, Run, model_of
@@ -130,13 +131,13 @@ def fold(
             f"of jax.jit and other transformations."
         )
 
-    def run(model: Any) -> Any:
-        return model(*args, **kwargs)
-
+    run = example_call(args, kwargs, who)
     flow = dataflow(adapter, run)
     norms = {p.call.path: p.call.layer for p in flow.places if isinstance(p.call.layer, NORMS)}
     pairing = Pairing(adapter, flow, chosen(norms, only, who) if norms else ())
-    pairs, in_use = _without_reads(model, adapter, pairing.pairs, run)
+    shared = _shared(model, pairing.pairs) if isinstance(model, nnx.Module) else {}
+    own = {path: pair for path, pair in pairing.pairs.items() if path not in shared}
+    pairs, in_use = _without_reads(model, adapter, own, run)
 
     def comparison(pairs: Mapping[Path, Pair]) -> tuple[Any, Comparison]:
         folded = _without_norms(model, adapter, pairs, run)
@@ -164,7 +165,7 @@ def fold(
     return Folded(
         model=folded,
         pairs={"/".join(p): "/".join(pair.layer.call.path) for p, pair in pairs.items()},
-        left={"/".join(path): reason for path, reason in (pairing.left | in_use).items()},
+        left={"/".join(path): reason for path, reason in (pairing.left | shared | in_use).items()},
         difference=found.outputs,
     )
 
@@ -179,6 +180,26 @@ def _too_far(what: str, found: Difference, limit: float, worst: Path) -> str:
         f"{what} differ by {found.relative:.1e} of the largest, more than tolerance={limit:.1e}. "
         f"The norm '{name}' alone makes the largest part. {fix}."
     )
+
+
+def _shared(given: nnx.Module, pairs: Mapping[Path, Pair]) -> dict[Path, str]:
+    """Why layers cannot do the work of norms whose variables others hold too, called here or not."""
+    modules = {tuple(map(str, path)): module for path, module in nnx.iter_modules(given)}
+    reasons = {}
+    for path, pair in pairs.items():
+        layer = pair.layer.call.path
+        for name in {"kernel", "bias"} & pair.keys.keys():
+            variable = vars(modules[layer])[name]
+            holders = [
+                f"'{'/'.join(other)}'"
+                for other, module in modules.items()
+                if other != layer and any(value is variable for value in vars(module).values())
+            ]
+            if holders:
+                reasons[path] = (
+                    f"the {name} of '{'/'.join(layer)}' is also that of {', '.join(holders)}"
+                )
+    return reasons
 
 
 def _without_reads(
@@ -196,8 +217,9 @@ def _without_reads(
                 lambda arrays: arrays_in(new.run(arrays, run, lambda call: call.proceed(call.x))),
                 new.arrays,
             )
-        except Exception as error:  # of the user's own code, whichever it is
-            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        except (TypeError, ValueError) as error:  # see `example_call`
+            cause = error.__cause__
+            return first_line(cause if isinstance(cause, Exception) else error)
         return None
 
     if not failure(pairs):

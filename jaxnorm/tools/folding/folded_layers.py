@@ -53,9 +53,8 @@ class FoldedOutput(Unfinished):
         return dataclasses.replace(self, array=self.array.astype(dtype))
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or not hasattr(jax.Array, name):
-            raise AttributeError(name)
-        return self.misused()
+        is_use = hasattr(jax.Array, name) and not name.startswith("_")
+        return self.misused() if is_use else object.__getattribute__(self, name)
 
     def misused(self, *_: Any, **__: Any) -> NoReturn:
         """Raises, in the place of all that can be done with an array."""

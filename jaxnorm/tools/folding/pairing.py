@@ -6,6 +6,7 @@ belongs to this layer alone.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -80,7 +81,7 @@ class Pairing:
     def _pair(self, places: list[Place]) -> Pair | str:
         """The pair that a norm is part of, or why it is part of none."""
         norm = places[0]
-        if reason := _own_call(norm) or _not_fixed(norm.call):
+        if reason := _own_call(norm) or _own_methods(norm) or _not_fixed(norm.call):
             return reason
         if len(places) > 1:
             return f"it is called {len(places)} times"
@@ -211,6 +212,30 @@ def _own_call(place: Place) -> str | None:
         return None
     kind = type(place.call.layer).__name__
     return f"{kind} has a __call__ of its own, so that it is not known what {_name(place)} does"
+
+
+def _own_methods(place: Place) -> str | None:
+    """Why it is not known what a norm does: a user's subclass has other parts of its call."""
+    layer = place.call.layer
+    kinds = [kind for kind in type(layer).__mro__ if _is_known(kind)]
+    own = [
+        name
+        for kind in type(layer).__mro__
+        if not _is_known(kind)
+        for name, value in vars(kind).items()
+        if inspect.isfunction(value) and not name.startswith("__")
+        if any(hasattr(known, name) for known in kinds)
+    ]
+    if not own:
+        return None
+    return (
+        f"{type(layer).__name__} has a {own[0]} of its own, so that it is not known what "
+        f"{_name(place)} does"
+    )
+
+
+def _is_known(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("builtins", "flax", "jaxnorm")
 
 
 def _not_fixed(call: LayerCall) -> str | None:
