@@ -1,7 +1,7 @@
 """How tools call a user's model, and what they say if it does not take what it is given."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ def call_of(call: Call, who: str) -> Call:
 
     def called(model: Any, batch: Any) -> Any:
         fix = f"Say how it is called on a batch: call=lambda model, batch: {_likely(batch)}."
-        with _explained(who, (batch,), {}, fix):
+        with _Explained(who, (batch,), {}, fix):
             return model(batch)
 
     return called
@@ -36,26 +36,36 @@ def example_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], who: str) -> 
     fix = f"Give an example of a call that the model takes: {who}(..., x, train=False)."
 
     def called(model: Any) -> Any:
-        with _explained(who, args, kwargs, fix):
+        with _Explained(who, args, kwargs, fix):
             return model(*args, **kwargs)
 
     return called
 
 
-@contextlib.contextmanager
-def _explained(
-    who: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], fix: str
-) -> Iterator[None]:
-    """Says of an error in the model's call that it is one, and what to do."""
-    try:
-        yield
-    except Exception as error:  # of the user's own code, whichever it is
-        if str(error).startswith(who):
-            raise
-        given = [_shown(arg) for arg in args] + [f"{k}={_shown(v)}" for k, v in kwargs.items()]
+@dataclasses.dataclass(frozen=True)
+class _Explained:
+    """A context that says of an error in the model's call that it is one, and what to do.
+
+    Errors of the tool itself, which watches the call, are left as they are.
+    """
+
+    who: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    fix: str
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if not isinstance(error, Exception) or str(error).startswith(self.who):
+            return
+        given = [_shown(arg) for arg in self.args]
+        given += [f"{name}={_shown(value)}" for name, value in self.kwargs.items()]
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        found = f"{who}: model({', '.join(given)}) raised {first_line(error)}"
-        raise kind(f"{found}. {fix}") from error
+        raise kind(
+            f"{self.who}: model({', '.join(given)}) raised {first_line(error)}. {self.fix}"
+        ) from error
 
 
 def first_line(error: Exception) -> str:

@@ -67,9 +67,7 @@ def compared(
     shown, noise = (
         _difference(old.outputs, new.outputs) for old, new in zip(olds, news, strict=True)
     )
-    of_pairs = {
-        path: _difference([olds[1].pairs[path]], [news[1].pairs[path]]) for path in pairs
-    }
+    of_pairs = {path: _difference([olds[1].pairs[path]], [news[1].pairs[path]]) for path in pairs}
     return Comparison(shown, noise, of_pairs)
 
 

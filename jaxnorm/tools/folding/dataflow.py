@@ -270,12 +270,17 @@ class Dataflow:
 
 
 def _used(steps: Sequence[Step], outputs: Sequence[int]) -> list[Step]:
-    """The steps without which the outputs could not be computed: traces have others too."""
-    needed, used = set(outputs), []
+    """The steps without which the outputs could not be computed: traces have others too.
+
+    A layer that makes its output without its input is called nevertheless.
+    """
+    needed, used, calls = set(outputs), [], set()
     for step in reversed(steps):
-        if needed & set(step.outputs):
+        what, number = step.params["label"] if step.name == mark_p.name else ("", 0)
+        if needed & set(step.outputs) or (what == BEGINS and number in calls):
             needed |= set(step.inputs)
             used.append(step)
+            calls |= {number} if what == ENDS else set()
     return used[::-1]
 
 

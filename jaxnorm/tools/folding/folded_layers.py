@@ -282,9 +282,7 @@ class Skip:
         frozen = isinstance(norm, Frozen) and norm.statistics
         norm = norm.layer if isinstance(norm, Frozen) else norm
         mode, domain = norm.use_running_average, _default_domain(norm)
-        return Skipped(
-            self.norm, self.dtype, self.folded_for, mode, domain, frozen, parent=None
-        )
+        return Skipped(self.norm, self.dtype, self.folded_for, mode, domain, frozen, parent=None)
 
 
 def _default_domain(norm: Any) -> str | None:

@@ -179,7 +179,9 @@ class Pairing:
         )
 
     def _more(self, product: Step | str) -> str:
-        return product if isinstance(product, str) else f"its kernel or output goes through {product}"
+        return (
+            product if isinstance(product, str) else f"its kernel or output goes through {product}"
+        )
 
     def _described(self, step: Step | None) -> str:
         place = self._flow.place(step)

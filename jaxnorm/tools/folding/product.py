@@ -64,7 +64,7 @@ def product_of(
     left, right, *_ = step.inputs
     changes = [_change(flow, place, operand, kernel) for operand in (left, right)]
     if None not in changes:
-        return next((change for change in changes if isinstance(change, Step)), "")
+        return next((change for change in changes if isinstance(change, Step)), changes[0] or "")
     if flow.depends((right, left)[changes.index(None)], kernel, place):
         return "its kernel is in both factors of its product"
     arrays = (left, right, *step.outputs, output)
