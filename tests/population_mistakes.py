@@ -77,7 +77,8 @@ ROWS = [
             f"batches of {kind}",
             concretely(lambda tool=tool, batch=batch: tool(NORM, batch)),
             error,
-            rf"^{tool.__name__}: model\({shown}\) raised .*\. Say how.*call=lambda model, batch: {fix}",
+            rf"^{tool.__name__}: model\({shown}\) raised .*\. Say how.*call=lambda model, batch: "
+            rf"{fix}",
         )
         for kind, tool, batch, error, shown, fix in (
             (
@@ -110,7 +111,7 @@ ROWS = [
         "adapter of a model that returns text",
         concretely(lambda: batch_adapter(NORM, X, call=lambda model, x: (model(x), "logits"))(X)),
         TypeError,
-        r"^batch_adapter: the call returns str.*call=lambda model, batch: model\(batch\)\['logits'\]",
+        r"^batch_adapter: the call returns str.*call=lambda model, batch: model\(batch\)\['log",
     ),
     Row(
         "several passes over an iterator",

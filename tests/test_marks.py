@@ -321,3 +321,13 @@ LOOPS = {
 def test_programs_of_which_it_is_not_known_how_often_they_run_are_refused(name):
     with pytest.raises(ValueError, match=f"^census: a layer lies inside '{name}'.*nn.scan"):
         jax.eval_shape(harvest(LOOPS[name], who="census"), X)
+
+
+def test_text_that_is_returned_is_handed_through():
+    def fun(x):
+        return {"name": "double", "value": noted("double", 2 * x), "none": None}
+
+    out, (place,) = harvest(fun)(X)
+    assert out["name"] == "double"
+    np.testing.assert_array_equal(out["value"], 2 * X)
+    assert place.label == ("double",)

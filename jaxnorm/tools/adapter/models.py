@@ -9,7 +9,7 @@ watching its layers, exchanging variables and layers, is said once, here, and do
 import abc
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Unfinished(abc.ABC):
     """What a layer of a rebuilt model returns, if only another layer of it may take that."""
 
     @abc.abstractmethod
-    def misused(self) -> NoReturn:
+    def misused(self) -> Any:
         """Raises: it went somewhere else."""
 
 

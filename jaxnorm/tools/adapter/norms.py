@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from flax import linen
 
 from jaxnorm.tools.adapter import linen_model, nnx_model
-from jaxnorm.tools.adapter.kinds import method_of
 from jaxnorm.tools.adapter.calling import example_call
+from jaxnorm.tools.adapter.kinds import method_of
 from jaxnorm.tools.adapter.models import Model, Path, Run
 
 Only = str | Callable[[str], bool] | None

@@ -1,8 +1,8 @@
 """Whether a folded model does what the one it was made of does.
 
-The outputs on an example may not show it: an example of zeros, or an `argmax`, shows nothing. So each
-folded layer is tried on noise as well, of the shape, dtype and scale of its input, and what it makes
-is compared with what its norm made.
+The outputs on an example may not show it: an example of zeros, or an `argmax`, shows nothing. So
+each folded layer is tried on noise as well, of the shape, dtype and scale of its input, and what it
+makes is compared with what its norm made.
 """
 
 import contextlib

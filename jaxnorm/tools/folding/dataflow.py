@@ -191,7 +191,11 @@ class Dataflow:
         for step in self.steps:
             if reached & set(step.inputs):
                 reached |= set(step.outputs)
-        dtypes = {self.shape(array).dtype for array in reached}
+        return self.rounding(*reached)
+
+    def rounding(self, *arrays: int) -> float:
+        """The largest machine epsilon among the floating dtypes of arrays."""
+        dtypes = {self.shape(array).dtype for array in arrays}
         floating = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
         return max((float(jnp.finfo(dtype).eps) for dtype in floating), default=0.0)
 

@@ -27,7 +27,6 @@ from jaxnorm.tools.folding.fold_pair import fold_pair
 from jaxnorm.tools.folding.folded_layers import as_folded_model, folded_layer, skipped
 from jaxnorm.tools.folding.pairing import Pair, Pairing
 
-
 MOST_ROUNDING = 0.1
 """No difference above is told to be rounding."""
 
@@ -183,7 +182,7 @@ def _too_far(what: str, found: Difference, limit: float, worst: Path) -> str:
 
 
 def _shared(given: nnx.Module, pairs: Mapping[Path, Pair]) -> dict[Path, str]:
-    """Why layers cannot do the work of norms whose variables others hold too, called here or not."""
+    """Why norms are left whose layers share variables, be it with layers not called here."""
     modules = {tuple(map(str, path)): module for path, module in nnx.iter_modules(given)}
     reasons = {}
     for path, pair in pairs.items():

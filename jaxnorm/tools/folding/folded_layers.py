@@ -135,7 +135,7 @@ def folded_layer(layer: Any, path: str, norm: str, bias: jax.Array) -> Any:
     new: Any = nnx.clone(layer)
     if new.bias is None:
         new.bias = nnx.Param(bias)
-    if isinstance(new, nnx.Einsum):
+    if isinstance(layer, nnx.Einsum):
         new.bias_shape = bias.shape
     else:
         new.use_bias = True
@@ -153,7 +153,6 @@ def _folded(cls: type) -> type:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> FoldedOutput:
         return FoldedOutput(cls.__call__(self, *args, **kwargs), *self.folded_as)
 
-    functools.update_wrapper(__call__, cls.__call__)
     return _with_call(cls, __call__, _folded)
 
 

@@ -20,7 +20,7 @@ from jaxnorm.tools.adapter.models import LayerCall, Model, Path
 from jaxnorm.tools.adapter.norms import NORMS
 from jaxnorm.tools.folding.dataflow import Dataflow, Place, Step
 from jaxnorm.tools.folding.linear_layers import LINEAR, kept_axes, pads_with_zeros
-from jaxnorm.tools.folding.product import Product, product_of
+from jaxnorm.tools.folding.product import product_rounding
 
 FIXED_BY_FEATURE = (BatchNorm, BatchRenorm, AdaBN, InstanceNorm)
 """The methods that, if they keep statistics, scale and shift each feature by stored numbers."""
@@ -160,9 +160,9 @@ class Pairing:
             stacked.add(self._model.arrays[key].ndim - place.call.values[name].ndim)
         if len(stacked) > 1:
             return f"it and {_name(layer)} are not repeated alike: one has variables for each step"
-        product = product_of(self._flow, layer, keys["kernel"], keys.get("bias"))
-        if not isinstance(product, Product):
-            return f"{_name(layer)} does more than its kind: {self._more(product)}"
+        rounding = product_rounding(self._flow, layer, keys["kernel"], keys.get("bias"))
+        if not isinstance(rounding, float):
+            return f"{_name(layer)} does more than its kind: {self._more(rounding)}"
         outputs = list(kept)
         dtype = self._flow.shape(self._flow.steps[norm.ends].outputs[0]).dtype
         dtypes = [dtype, *(self._model.arrays[key].dtype for key in keys.values())]
@@ -174,7 +174,7 @@ class Pairing:
             stacked=stacked.pop(),
             keys=keys,
             dtype=dtype,
-            rounding=max(product.rounding, *(float(jnp.finfo(dtype).eps) for dtype in dtypes)),
+            rounding=max(rounding, *(float(jnp.finfo(dtype).eps) for dtype in dtypes)),
             domain=_domain(norm.call),
         )
 

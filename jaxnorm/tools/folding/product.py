@@ -1,12 +1,10 @@
 """Whether a layer makes the product with its stored kernel, adds its stored bias, and no more.
 
-A layer of one of Flax's kinds may still do something else: a subclass may read its kernel in its own
-way (`param`), and an option may exchange the product or the cast (`dot_general`,
+A layer of one of Flax's kinds may still do something else: a subclass may read its kernel in its
+own way (`param`), and an option may exchange the product or the cast (`dot_general`,
 `conv_general_dilated`, `promote_dtype`). So the traced program is asked, from the layer's output
 back to its kernel.
 """
-
-from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -30,22 +28,12 @@ SUMS = ("pad", "reduce_sum", "slice")
 """What Flax's layers do with a product before they add the bias: linear in the kernel as well."""
 
 
-class Product(NamedTuple):
-    """The product that a layer makes with its kernel.
-
-    Attributes:
-        rounding: the largest machine epsilon among the dtypes of its operands and results.
-    """
-
-    rounding: float
-
-
-def product_of(
+def product_rounding(
     flow: Dataflow, place: Place, kernel: Path, bias: Path | None
-) -> Product | Step | str:
-    """The product of a layer with these variables.
+) -> float | Step | str:
+    """The largest machine epsilon in the product that a layer makes with these variables.
 
-    Otherwise the step that changes the output or the kernel, or what else is wrong in words.
+    If it does more: the step that changes the output or the kernel, or what is wrong in words.
     """
     output = flow.steps[place.ends].inputs[0]
     array, needs_bias = output, bias is not None
@@ -67,8 +55,7 @@ def product_of(
         return next((change for change in changes if isinstance(change, Step)), changes[0] or "")
     if flow.depends((right, left)[changes.index(None)], kernel, place):
         return "its kernel is in both factors of its product"
-    arrays = (left, right, *step.outputs, output)
-    return Product(max(float(jnp.finfo(flow.shape(array).dtype).eps) for array in arrays))
+    return flow.rounding(left, right, *step.outputs, output)
 
 
 def _rest(flow: Dataflow, step: Step, bias: Path | None) -> int | None:
