@@ -161,7 +161,7 @@ class Pairing:
         if len(stacked) > 1:
             return f"it and {_name(layer)} are not repeated alike: one has variables for each step"
         rounding = product_rounding(self._flow, layer, keys["kernel"], keys.get("bias"))
-        if not isinstance(rounding, float):
+        if isinstance(rounding, Step | str):
             return f"{_name(layer)} does more than its kind: {self._more(rounding)}"
         outputs = list(kept)
         dtype = self._flow.shape(self._flow.steps[norm.ends].outputs[0]).dtype
