@@ -151,6 +151,7 @@ class Ways(nn.Module):
     def __call__(self, x, way="norm"):
         y = nn.Dense(3, name="other" if way == "other" else "layer")(x)
         norm = nn.BatchNorm(use_running_average=True, name="norm")
+        y = jnp.asarray(y) if way == "array" else y
         return {"none": lambda y: y, "tanh": jnp.tanh}.get(way, norm)(y)
 
 
@@ -167,6 +168,8 @@ def test_another_way_through_a_linen_model_is_an_error_not_a_wrong_result():
             folded.model(x, way)
     with pytest.raises(ValueError, match="folded norm 'norm': its input does not come straight"):
         folded.model(x, "other")
+    left = fold(bound(Ways(), x), x, "array").left["norm"]
+    assert left == "its input is used as an array on the way to it: cast it by x.astype(dtype)"
 
 
 class Tokens(nnx.Module):

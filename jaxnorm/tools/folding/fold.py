@@ -24,7 +24,12 @@ from jaxnorm.tools.adapter.norms import NORMS, Only, chosen
 from jaxnorm.tools.folding.comparison import Comparison, Difference, compared
 from jaxnorm.tools.folding.dataflow import dataflow
 from jaxnorm.tools.folding.fold_pair import fold_pair
-from jaxnorm.tools.folding.folded_layers import as_folded_model, folded_layer, skipped
+from jaxnorm.tools.folding.folded_layers import (
+    NotHandedOver,
+    as_folded_model,
+    folded_layer,
+    skipped,
+)
 from jaxnorm.tools.folding.pairing import Pair, Pairing
 
 MOST_ROUNDING = 0.1
@@ -218,17 +223,16 @@ def _without_reads(
             )
         except (TypeError, ValueError) as error:  # see `example_call`
             cause = error.__cause__
-            return first_line(cause if isinstance(cause, Exception) else error)
+            if isinstance(cause, NotHandedOver):
+                return "its input is used as an array on the way to it: cast it by x.astype(dtype)"
+            reason = first_line(cause if isinstance(cause, Exception) else error)
+            return f"the model cannot be called without it: {reason}"
         return None
 
     if not failure(pairs):
         return dict(pairs), {}
     reasons = {path: failure({path: pair}) for path, pair in pairs.items()}
-    left = {
-        path: f"the model cannot be called without it: {reason}"
-        for path, reason in reasons.items()
-        if reason
-    }
+    left = {path: reason for path, reason in reasons.items() if reason}
     return {path: pair for path, pair in pairs.items() if path not in left}, left
 
 

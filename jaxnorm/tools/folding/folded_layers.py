@@ -16,6 +16,10 @@ from jaxnorm.tools.adapter.models import Unfinished, finished
 from jaxnorm.tools.replacing.frozen import Frozen, reduced_by
 
 
+class NotHandedOver(ValueError):
+    """A call uses a folded layer without its norm, or a folded norm without its layer."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FoldedOutput(Unfinished):
@@ -58,7 +62,7 @@ class FoldedOutput(Unfinished):
 
     def misused(self, *_: Any, **__: Any) -> NoReturn:
         """Raises, in the place of all that can be done with an array."""
-        raise ValueError(
+        raise NotHandedOver(
             f"folded layer '{self.layer}': this call does not hand its output straight to the norm "
             f"'{self.norms[0]}', whose work is done in it, as the example call of fold did. Call "
             f"the model alike, or fold it by an example of this call: fold(model, x, train=False)."
@@ -81,7 +85,7 @@ for _use in _USES:
 def _taken(x: Any, norm: str, dtype: Any) -> Any:
     """What a folded norm returns for what its layer hands over."""
     if not isinstance(x, FoldedOutput) or x.norms[0] != norm:
-        raise ValueError(
+        raise NotHandedOver(
             f"folded norm '{norm}': its input does not come straight from the layer that does its "
             f"work, as in the example call of fold. Call the model alike, or fold it by an example "
             f"of this call: fold(model, x, train=False)."
