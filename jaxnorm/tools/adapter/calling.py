@@ -58,7 +58,8 @@ class _Explained:
         pass
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if not isinstance(error, Exception) or str(error).startswith(self.who):
+        own = (f"{self.who}:", f"{self.who}, ")
+        if not isinstance(error, Exception) or str(error).startswith(own):
             return
         given = [_shown(arg) for arg in self.args]
         given += [f"{name}={_shown(value)}" for name, value in self.kwargs.items()]
