@@ -25,14 +25,44 @@ class Doubled(nnx.Module):
         return (2.0 if isinstance(self.norm, nnx.BatchNorm) else 1.0) * self.norm(self.layer(x))
 
 
+class OneOfTwo(nnx.Module):
+    """A model with two ways, one of them through a norm."""
+
+    def __init__(self):
+        self.layer, self.norm = model().layers
+        self.other, _ = model().layers
+
+    def __call__(self, x, way="norm"):
+        y = (self.other if way == "other" else self.layer)(x)
+        return {"none": lambda y: y, "tanh": jnp.tanh, "sum": lambda y: 1.0 + y}.get(
+            way, self.norm
+        )(y)
+
+
+def transposed(x, kernel, dimensions, **_):
+    """A product with another axis of the kernel."""
+    return jax.lax.dot_general(x, kernel.T, dimensions)
+
+
+def nan_model():
+    new = model()
+    new.layers[1].mean[...] = jnp.full(4, jnp.nan)
+    return new
+
+
 def model():
     rngs = nnx.Rngs(0)
     return nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
 
 
 with jax.ensure_compile_time_eval():
-    WITH_BATCH_NORM, DOUBLED = model(), Doubled()
+    WITH_BATCH_NORM, DOUBLED, NAN = model(), Doubled(), nan_model()
     WITH_BATCH_NORM.eval()
+    TRANSPOSED = nnx.Sequential(
+        nnx.Linear(4, 4, dot_general=transposed, rngs=nnx.Rngs(0)), model().layers[1]
+    )
+    TRANSPOSED.layers[1].var[...] = jnp.arange(1.0, 5.0)
+    ONE_OF_TWO = OneOfTwo()
     WITH_DOMAINS = nnx.Sequential(
         nnx.Linear(3, 4, rngs=nnx.Rngs(0)),
         jaxnorm.nnx.AdaBN(4, domains=("a", "b"), rngs=nnx.Rngs(0)),
@@ -115,8 +145,55 @@ ROWS = [
         "fold of a model that goes by its norm",
         with_values(lambda: fold(DOUBLED, X)),
         ValueError,
-        r"^fold: the outputs differ by .*more than tolerance=3\.5e-04.*'norm' makes the "
-        r"largest part.*only=lambda path: path != 'norm'.*tolerance=",
+        r"^fold: the outputs differ by .*more than tolerance=3\.5e-04.*'norm' alone makes the "
+        r"largest part.*only=lambda path: path != 'norm'\.$",
+    ),
+    Row(
+        "fold of a model that goes by its norm, unseen in zeros",
+        with_values(lambda: fold(DOUBLED, 0 * X)),
+        ValueError,
+        r"^fold: the outputs differ by .*only=lambda path: path != 'norm'\.$",
+    ),
+    Row(
+        "fold with less rounding than there is",
+        with_values(lambda: fold(WITH_BATCH_NORM, X, tolerance=1e-8)),
+        ValueError,
+        r"^fold: .* more than tolerance=1\.0e-08.*or accept the rounding: tolerance=",
+    ),
+    Row(
+        "fold into a product along another axis",
+        with_values(lambda: fold(TRANSPOSED, jnp.zeros((2, 4)))),
+        ValueError,
+        r"^fold: what 'layers/0' makes of noise and what the two made of it differ by .* "
+        r"tolerance=3\.5e-04.*only=lambda path: path != 'layers/1'\.$",
+    ),
+    Row(
+        "fold of a model that returns NaN",
+        with_values(lambda: fold(NAN, X)),
+        ValueError,
+        r"^fold: of 8 numbers .* returns for the example, 8 are NaN.*isfinite",
+    ),
+    Row(
+        "fold by an example of another shape",
+        with_values(lambda: fold(WITH_BATCH_NORM, jnp.ones((2, 5)))),
+        TypeError,
+        r"^fold: model\(float32\[2, 5\]\) raised TypeError: .*\. Give an example of a call.*fold\(",
+    ),
+    *(
+        Row(
+            f"folded layer without its norm: {way}",
+            with_values(lambda way=way: fold(ONE_OF_TWO, X).model(X, way)),
+            ValueError,
+            r"^folded layer 'layer': this call does not hand its output straight to the norm "
+            r"'norm'.*fold\(model, x",
+        )
+        for way in ("none", "tanh", "sum")
+    ),
+    Row(
+        "folded norm after another layer",
+        with_values(lambda: fold(ONE_OF_TWO, X).model(X, "other")),
+        ValueError,
+        r"^folded norm 'norm': its input does not come straight from the layer.*fold\(model, x",
     ),
     Row(
         "fold of norms that are not there",

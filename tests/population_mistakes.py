@@ -7,7 +7,7 @@ from flax import nnx
 from mistakes import Row
 
 import jaxnorm
-from jaxnorm.tools.statistics.adapt import adapt_stats
+from jaxnorm.tools.statistics.adapt import adapt_stats, batch_adapter
 from jaxnorm.tools.statistics.population import population_stats
 
 NORM = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
@@ -71,6 +71,47 @@ ROWS = [
             rf"^population_stats: the batches are {type(batches).__name__}.*iterable.*\[batch\]",
         )
         for kind, batches in (("one array", X), ("one batch", {"x": X}), ("a number", 3))
+    ),
+    *(
+        Row(
+            f"batches of {kind}",
+            concretely(lambda tool=tool, batch=batch: tool(NORM, batch)),
+            error,
+            rf"^{tool.__name__}: model\({shown}\) raised .*\. Say how.*call=lambda model, batch: "
+            rf"{fix}",
+        )
+        for kind, tool, batch, error, shown, fix in (
+            (
+                "inputs and labels",
+                population_stats,
+                [(X, np.arange(2))],
+                (TypeError, ValueError),
+                r"\(float32\[2, 2\], int64\[2\]\)",
+                r"model\(batch\[0\]\)",
+            ),
+            (
+                "arrays by name",
+                adapt_stats,
+                [{"image": X}],
+                (TypeError, ValueError),
+                r"\{image: float32\[2, 2\]\}",
+                r"model\(batch\['image'\]\)",
+            ),
+            (
+                "other features",
+                batch_adapter,
+                np.ones((3, 5), np.float32),
+                (TypeError, ValueError),
+                r"float32\[3, 5\]",
+                r"model\(batch, train=False\)",
+            ),
+        )
+    ),
+    Row(
+        "adapter of a model that returns text",
+        concretely(lambda: batch_adapter(NORM, X, call=lambda model, x: (model(x), "logits"))(X)),
+        TypeError,
+        r"^batch_adapter: the call returns str.*call=lambda model, batch: model\(batch\)\['log",
     ),
     Row(
         "several passes over an iterator",

@@ -60,6 +60,48 @@ def cast(dtype):
     return lambda x: norm()(dense(param_dtype=jnp.bfloat16)(x.astype(jnp.bfloat16)).astype(dtype))
 
 
+class OtherKernel(nn.Dense):
+    """A layer that computes with another kernel than the stored one."""
+
+    def param(self, name, *args, **options):
+        value = super().param(name, *args, **options)
+        return value - value.mean() if name == "kernel" else value
+
+
+class NoBias(nn.Dense):
+    """A layer that stores a bias and adds none."""
+
+    def param(self, name, *args, **options):
+        value = super().param(name, *args, **options)
+        return None if name == "bias" else value
+
+
+class OtherScale(nn.BatchNorm):
+    """A norm whose scale is another than the stored one."""
+
+    def param(self, name, *args, **options):
+        return 1 + super().param(name, *args, **options)
+
+
+def product(of_kernel=lambda kernel: kernel, of_product=lambda y: y):
+    """A layer whose product was exchanged."""
+
+    def dot_general(x, kernel, dimensions, **_):
+        return of_product(lax.dot_general(x, of_kernel(kernel), dimensions))
+
+    return lambda x: norm()(dense(dot_general=dot_general)(x))
+
+
+def read_by_the_model(x):
+    layer = norm()
+    y = layer(dense()(x))
+    return y, layer.variables["batch_stats"]["mean"].sum()
+
+
+def more(step):
+    return rf"^'dense' does more than its kind: its kernel or output goes through '{step}'"
+
+
 STRAIGHT = "not straight from a convolution or dense layer"
 REFUSED = {
     "activation between": (
@@ -140,6 +182,54 @@ REFUSED = {
         lambda x: norm()(jnn.WeightNorm(dense())(x)),
         r"^'dense' has no stored kernel: it is computed by '\w+'",
     ),
+    "kernel read otherwise": (
+        lambda x: norm()(OtherKernel(4, name="dense")(x)),
+        more("sub"),
+    ),
+    "product with another kernel": (product(jnp.tanh), more("tanh")),
+    "product with a quantized kernel": (
+        product(lambda kernel: (100 * kernel).astype(jnp.int8).astype(jnp.float32)),
+        more("convert_element_type"),
+    ),
+    "product with a kernel in few digits": (
+        product(lambda kernel: kernel.astype(jnp.float8_e4m3fn).astype(jnp.float32)),
+        more("convert_element_type"),
+    ),
+    "product with a normalized kernel": (
+        product(lambda kernel: kernel * jnp.sum(kernel**2)),
+        more("mul"),
+    ),
+    "scaled product": (product(of_product=lambda y: 2 * y), more("mul")),
+    "product of the kernel with itself": (
+        lambda x: norm()(
+            dense(dot_general=lambda x, k, *_, **__: x.sum() + (k + 1).T @ k, use_bias=False)(x)
+        ),
+        more("add"),
+    ),
+    "kernel in both factors": (
+        lambda x: norm()(dense(dot_general=lambda x, k, *_, **__: (x @ jnp.sin(k)) @ k.T @ k)(x)),
+        r"^'dense' does more than its kind: its kernel is in both factors of its product$",
+    ),
+    "another kernel than its own": (
+        product(lambda kernel: jnp.ones_like(kernel)),
+        r"^'dense' does more than its kind: it makes no product with its stored kernel$",
+    ),
+    "no product": (
+        product(of_product=lambda y: jnp.zeros_like(y)),
+        r"^'dense' does more than its kind: it does not make its output itself$",
+    ),
+    "bias left out": (
+        lambda x: norm()(NoBias(4, name="dense")(x)),
+        r"^'dense' does more than its kind: it does not add its stored bias$",
+    ),
+    "parameter of a norm read otherwise": (
+        lambda x: OtherScale(use_running_average=True, name="norm")(dense()(x)),
+        r"^OtherScale has a param of its own, so that it is not known what 'norm' does$",
+    ),
+    "statistics read by the model": (
+        read_by_the_model,
+        r"^the mean of 'norm' is also used by 'reduce_sum'$",
+    ),
     "part instance norm": (
         lambda x: norm(kind=jnn.IBNa)(nn.Conv(4, (1, 1))(x)),
         r"^instance norm, a part of it, goes by the input$",
@@ -176,6 +266,10 @@ FOLLOWED = {
     "cast to more digits": cast(jnp.float32),
     "inner jit": lambda x: norm()(jax.jit(lambda y: y.astype(jnp.float32))(dense()(x))),
     "a name for checkpoints": lambda x: norm()(checkpoint_name(dense()(x), "kept")),
+    "products in other dtypes": product(
+        lambda kernel: kernel.astype(jnp.bfloat16).T.T.astype(jnp.float32)
+    ),
+    "mask of the kernel": product(lambda kernel: kernel * jnp.eye(3, 4)),
     "tracked instance norm": lambda x: norm(kind=jnn.InstanceNorm, track_running_stats=True)(
         dense()(x)
     ),
@@ -257,6 +351,17 @@ def test_tied_kernels():
         ("norm",): "the kernel of 'first' is also used by 'second'",
         ("other",): "'second' has no kernel of its own: it is that of another, 'first/kernel'",
     }
+
+
+def test_low_rank_beside_the_kernel():
+    class Adapted(Two):
+        def __init__(self):
+            super().__init__()
+            self.first = nnx.LoRALinear(3, 3, lora_rank=2, rngs=nnx.Rngs(0))
+
+    assert re.search(
+        more("add").replace("dense", "first"), pairing_of(Adapted(), VECTOR).left["norm",]
+    )
 
 
 def test_kernel_used_by_the_model():

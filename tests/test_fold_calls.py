@@ -1,6 +1,7 @@
 """Folding and calls of layers: calls of a user's own, for training, for other domains, frozen."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,85 @@ def test_frozen_norms_are_folded_and_stay_frozen(framework):
         folded.model.train()
         found = folded.model(x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class Ways(nn.Module):
+    """A model with two ways, of which one goes through a norm."""
+
+    @nn.compact
+    def __call__(self, x, way="norm"):
+        y = nn.Dense(3, name="other" if way == "other" else "layer")(x)
+        norm = nn.BatchNorm(use_running_average=True, name="norm")
+        y = jnp.asarray(y) if way == "array" else y
+        return {"none": lambda y: y, "tanh": jnp.tanh}.get(way, norm)(y)
+
+
+def test_another_way_through_a_linen_model_is_an_error_not_a_wrong_result():
+    """The twin in NNX is among the mistakes."""
+    x = vector()
+    module, variables = bound(Ways(), x).unbind()
+    other = module.init(jax.random.key(1), x, "other")["params"]["other"]
+    params = {**variables["params"], "other": other}
+    folded = fold(module.bind({**variables, "params": params}), x)
+    assert dict(folded.pairs) == {"norm": "layer"}
+    for way in ("none", "tanh"):
+        with pytest.raises(ValueError, match="folded layer 'layer': this call does not hand"):
+            folded.model(x, way)
+    with pytest.raises(ValueError, match="folded norm 'norm': its input does not come straight"):
+        folded.model(x, "other")
+    left = fold(bound(Ways(), x), x, "array").left["norm"]
+    assert left == "its input is used as an array on the way to it: cast it by x.astype(dtype)"
+
+
+class Tokens(nnx.Module):
+    """Integers in; integers, text and nothing out; a norm that its code asks for options."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(5, 4, rngs=rngs)
+        self.layers = nnx.List(nnx.Linear(4, 4, rngs=rngs) for _ in range(4))
+        self.norms = nnx.List(nnx.BatchNorm(4, rngs=rngs) for _ in range(3))
+        self.layers[3].kernel = self.layers[2].kernel  # of a layer that the example does not call
+
+    def __call__(self, tokens, shared=False):
+        x = self.norms[0](self.layers[0](self.embed(tokens)))
+        x = self.norms[1](self.layers[1](x)) / self.norms[1].num_features
+        x = self.layers[3](x) if shared else self.norms[2](self.layers[2](x))
+        return {"class": x.argmax(-1), "text": "logits", "none": None}
+
+
+def test_integers_text_and_norms_whose_options_are_read():
+    model, tokens = stir(Tokens()), jnp.arange(5)
+    folded = fold(model, tokens)
+    assert dict(folded.pairs) == {"norms/0": "layers/0"}
+    assert "no attribute 'num_features'" in folded.left["norms/1"]
+    assert folded.left["norms/2"] == "the kernel of 'layers/2' is also that of 'layers/3'"
+    model.eval()
+    for shared in (False, True):
+        found, expected = folded.model(tokens, shared), model(tokens, shared)
+        np.testing.assert_array_equal(found["class"], expected["class"])
+        assert found["text"] == "logits"
+
+
+class Mixed(nn.Module):
+    """A layer in other dtypes than its variables and its norm, or what follows in another."""
+
+    dtypes: Any
+
+    @nn.compact
+    def __call__(self, x):
+        first, last = self.dtypes
+        x = nn.Dense(3, dtype=first, name="layer")(x)
+        x = nn.BatchNorm(use_running_average=True, dtype=jnp.float32, name="norm")(x)
+        return nn.Dense(3, dtype=last)(x)
+
+
+@pytest.mark.parametrize("dtypes", [(jnp.bfloat16, None), (None, jnp.bfloat16)], ids=str)
+def test_the_tolerance_is_that_of_the_dtypes_in_which_is_computed(dtypes):
+    x = vector()
+    folded = fold(bound(Mixed(dtypes), x), x)
+    assert dict(folded.pairs) == {"norm": "layer"}
+    assert folded.difference.relative < 0.02
 
 
 def test_double_precision_with_statistics_in_single(x64):

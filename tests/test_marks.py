@@ -331,3 +331,13 @@ def test_programs_of_which_it_is_not_known_how_often_they_run_hide_what_is_marke
         (("x",), name, 0),
     ]
     assert out == jax.eval_shape(all_of_it, X)
+
+
+def test_text_that_is_returned_is_handed_through():
+    def fun(x):
+        return {"name": "double", "value": noted("double", 2 * x), "none": None}
+
+    out, (place,) = harvest(fun)(X)
+    assert out["name"] == "double"
+    np.testing.assert_array_equal(out["value"], 2 * X)
+    assert place.label == ("double",)

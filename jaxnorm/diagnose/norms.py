@@ -15,6 +15,7 @@ import numpy as np
 from jaxnorm.diagnose.norm_measures import Place, measured_places, with_arrays
 from jaxnorm.diagnose.norm_rows import NormRow, first_nonfinite, norm_rows
 from jaxnorm.diagnose.norm_table import as_text, renderable
+from jaxnorm.tools.adapter.calling import example_call
 from jaxnorm.tools.adapter.lookalikes import lookalikes
 from jaxnorm.tools.adapter.models import Arrays, Path, model_of
 
@@ -133,17 +134,13 @@ def report_norms(
         args, kwargs = jax.tree.unflatten(structure, whole)
         options = dict(by_batch=by_batch, keep_inputs=singular_values)
         places[:], hidden, measured = measured_places(
-            adapted, lambda model: model(*args, **kwargs), variables, **options, who=who
+            adapted, example_call(args, kwargs, who), variables, **options, who=who
         )
         unseen.update(hidden)
         return measured
 
-    unseen.update(
-        {
-            path: each.why
-            for path, each in lookalikes(adapted, lambda model: model(*args, **kwargs)).items()
-        }
-    )
+    similar = lookalikes(adapted, example_call(args, kwargs, who))
+    unseen.update({path: each.why for path, each in similar.items()})
     measured = measure(adapted.arrays, arrays)
     seen = with_arrays(places, measured)
     return NormReport(

@@ -26,6 +26,7 @@ from jaxnorm.core import checks, precision
 from jaxnorm.core.axes import sizes
 from jaxnorm.core.masks import checked_mask, counting, weighted
 from jaxnorm.core.pooling import reciprocal
+from jaxnorm.tools.adapter.calling import Call, call_of, on_batch
 from jaxnorm.tools.adapter.kinds import calls_as_its_kind, keeps_statistics, spec_of
 from jaxnorm.tools.adapter.lookalikes import Lookalike, lookalikes, modules_of
 from jaxnorm.tools.adapter.marks import why_unread
@@ -76,7 +77,7 @@ def tent(
     optimizer: optax.GradientTransformation,
     batch: Any,
     *,
-    call: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
+    call: Call = on_batch,
     only: Only = None,
     norms: Literal["stored", "all"] = "stored",
     steps: int = 1,
@@ -148,6 +149,7 @@ def tent(
         their own (`BatchRenorm`, `ghost_batch_size`) normalize as in training.
     """
     who = "tent"
+    call = call_of(call, who)
     known = model_of(model, who)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(

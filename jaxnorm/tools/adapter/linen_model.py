@@ -13,7 +13,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxnorm.linen.shell import Shell
 from jaxnorm.linen.weights import WeightShell
-from jaxnorm.tools.adapter.models import Arrays, Hook, LayerCall, Model, Path, Run, called, fresh
+from jaxnorm.tools.adapter.models import (
+    Arrays,
+    Hook,
+    LayerCall,
+    Model,
+    Path,
+    Run,
+    called,
+    finished,
+    fresh,
+)
 from jaxnorm.tools.adapter.traces import Exchanged, Watched, traced_apart
 
 NORMS = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm, Shell)
@@ -239,7 +249,7 @@ class Rewired(nn.Module):
         try:
             exchanged = Exchanged(tuple(self.path), self.layers)
             with nn.intercept_methods(intercept), traced_apart(exchanged):
-                return getattr(model, method)(*args, **kwargs)
+                return finished(getattr(model, method)(*args, **kwargs))
         finally:
             _RUNNING.makers = makers
 

@@ -88,18 +88,40 @@ def harvest(
     A place inside a branch of `jax.lax.cond` that was not taken gives zeros, or with `every_branch`
     the values that it would have. What is marked inside a function with a derivative of its own
     (`jax.custom_jvp`, `jax.custom_vjp`) is read, but the result has the derivative of its body.
+    Text and other objects that `fun` returns are handed through.
 
     Inside a `jax.lax.while_loop` or another program of which it is not known how often it runs, a
     place has no values, and says what it lies in.
     """
 
     def harvesting(*args: Any) -> tuple[Any, list[Marked]]:
-        closed, shape = jax.make_jaxpr(fun, return_shape=True)(*args)
+        returned: list[Any] = []
+
+        def arrays_of(*args: Any) -> list[Any]:
+            returned[:] = [fun(*args)]
+            return arrays_in(returned)
+
+        closed = jax.make_jaxpr(arrays_of)(*args)
         found = _Found(every_branch)
-        out = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), found)
-        return jax.tree.unflatten(jax.tree.structure(shape), out), list(found)
+        arrays = iter(_evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), found))
+        out = jax.tree.map(lambda leaf: next(arrays) if is_array(leaf) else leaf, returned[0])
+        return out, list(found)
 
     return harvesting
+
+
+def arrays_in(out: Any) -> list[Any]:
+    """The arrays and numbers in what a model returns, without text and other objects."""
+    return [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether JAX takes a leaf for an array: numbers, but no text."""
+    try:
+        jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True
 
 
 class _Found(list[Marked]):

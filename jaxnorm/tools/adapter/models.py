@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.tools.adapter.marks import harvest, mark
+from jaxnorm.tools.adapter.marks import arrays_in, harvest, mark
 
 Path = tuple[str, ...]
 Arrays = dict[Path, Any]
@@ -43,6 +43,22 @@ class LayerCall(NamedTuple):
     values: Mapping[str, jax.Array]
     proceed: Callable[[Any], Any]
     inside: str | None = None
+
+
+class Unfinished(abc.ABC):
+    """What a layer of a rebuilt model returns, if only another layer of it may take that."""
+
+    @abc.abstractmethod
+    def misused(self) -> Any:
+        """Raises: it went somewhere else."""
+
+
+def finished(out: Any) -> Any:
+    """What a rebuilt model returns, in which nothing is `Unfinished`."""
+    for leaf in jax.tree.leaves(out, is_leaf=lambda leaf: isinstance(leaf, Unfinished)):
+        if isinstance(leaf, Unfinished):
+            leaf.misused()
+    return out
 
 
 Hook = Callable[[LayerCall], Any]
@@ -137,10 +153,8 @@ class Model(abc.ABC):
             return call.proceed(x)
 
         # Flax runs the body of a scan more often than the program does: the program is asked.
-        def running(arrays: Arrays) -> None:
-            self.run(arrays, run, note)
-
-        _, found = jax.eval_shape(harvest(running), self.arrays)
+        watched = harvest(lambda arrays: arrays_in(self.run(arrays, run, note)))
+        _, found = jax.eval_shape(watched, self.arrays)
         calls: dict[Path, list[LayerCall]] = {}
         for place in found:
             call = noted[place.label[0]]._replace(inside=place.inside)

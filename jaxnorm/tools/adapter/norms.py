@@ -7,6 +7,7 @@ from typing import Any
 from flax import linen
 
 from jaxnorm.tools.adapter import linen_model, nnx_model
+from jaxnorm.tools.adapter.calling import example_call
 from jaxnorm.tools.adapter.kinds import method_of
 from jaxnorm.tools.adapter.lookalikes import lookalikes
 from jaxnorm.tools.adapter.models import Model, Path
@@ -31,10 +32,7 @@ def norms_of(model: Model, given: Any, args: Any, kwargs: Any, who: str) -> dict
             f"{who}: found the Linen module {type(given).__name__} without a call, but its layers "
             f"are known only in one. Add an example input: {who}(model.bind(variables), x)."
         )
-
-    def run(model: Any) -> Any:
-        return model(*args, **kwargs)
-
+    run = example_call(args, kwargs, who)
     layers = model.known_layers(run)
     norms = {path: layer for path, layer in layers.items() if is_norm(layer)}
     return norms | lookalikes(model, run)

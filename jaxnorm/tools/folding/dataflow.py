@@ -18,6 +18,7 @@ from jaxnorm.core import precision
 from jaxnorm.tools.adapter.marks import (
     RUN_ONCE,
     WITH_RULES,
+    arrays_in,
     has_marks,
     inner_programs,
     mark,
@@ -167,6 +168,37 @@ class Dataflow:
             and any(self.origin(array) == key for array in step.inputs)
         ]
 
+    def inside(self, place: Place, step: Step) -> bool:
+        """Whether a step is a part of a layer's call."""
+        return place.begins < self._made_by[step.outputs[0]] < place.ends
+
+    def depends(self, array: int, key: Path, place: Place) -> bool:
+        """Whether an array depends on a stored variable by what a layer's call does with it."""
+        waiting, seen = [array], {array}
+        while waiting:
+            array = waiting.pop()
+            if self.origin(array) == key:
+                return True
+            step = self.maker(array)
+            if step is not None and self.inside(place, step):
+                waiting += set(step.inputs) - seen
+                seen |= set(step.inputs)
+        return False
+
+    def rounding_after(self, places: Sequence[Place]) -> float:
+        """The largest machine epsilon among the dtypes of all that depends on calls of layers."""
+        reached = {array for place in places for array in self.steps[place.ends].outputs}
+        for step in self.steps:
+            if reached & set(step.inputs):
+                reached |= set(step.outputs)
+        return self.rounding(*reached)
+
+    def rounding(self, *arrays: int) -> float:
+        """The largest machine epsilon among the floating dtypes of arrays."""
+        dtypes = {self.shape(array).dtype for array in arrays}
+        floating = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
+        return max((float(jnp.finfo(dtype).eps) for dtype in floating), default=0.0)
+
     def _hands_variables_on(self, step: Step) -> bool:
         """Whether a variable goes into a scan, is repeated by `jax.vmap` for a mark, or frozen."""
         if step.name == "stop_gradient":
@@ -242,12 +274,17 @@ class Dataflow:
 
 
 def _used(steps: Sequence[Step], outputs: Sequence[int]) -> list[Step]:
-    """The steps without which the outputs could not be computed: traces have others too."""
-    needed, used = set(outputs), []
+    """The steps without which the outputs could not be computed: traces have others too.
+
+    A layer that makes its output without its input is called nevertheless.
+    """
+    needed, used, calls = set(outputs), [], set()
     for step in reversed(steps):
-        if needed & set(step.outputs):
+        what, number = step.params["label"] if step.name == mark_p.name else ("", 0)
+        if needed & set(step.outputs) or (what == BEGINS and number in calls):
             needed |= set(step.inputs)
             used.append(step)
+            calls |= {number} if what == ENDS else set()
     return used[::-1]
 
 
@@ -262,10 +299,10 @@ def dataflow(model: Model, run: Run) -> Dataflow:
         # Marked together with the input: what is not used further is no part of a program.
         variables = [call.values[name] for name in sorted(call.values)]
         x, *_ = mark((BEGINS, number), call.x, *variables)
-        (y,) = mark((ENDS, number), call.proceed(x))
-        return y
+        parts, form = jax.tree.flatten(call.proceed(x))  # a folded layer's has a wrapper
+        return form.unflatten(mark((ENDS, number), *parts))
 
-    closed = jax.make_jaxpr(lambda arrays: model.run(arrays, run, hook))(model.arrays)
+    closed = jax.make_jaxpr(lambda arrays: arrays_in(model.run(arrays, run, hook)))(model.arrays)
     keys = [path[0].key for path, _ in jax.tree_util.tree_flatten_with_path(model.arrays)[0]]
     return Dataflow(closed.jaxpr, keys, calls)
 

@@ -7,36 +7,34 @@ data (`dataflow.py`, `pairing.py`), never by names.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
 from jaxnorm.core import precision
 from jaxnorm.core.moments import Stats
+from jaxnorm.tools.adapter.calling import example_call, first_line
 from jaxnorm.tools.adapter.kinds import spec_of
 from jaxnorm.tools.adapter.lookalikes import lookalikes
+from jaxnorm.tools.adapter.marks import arrays_in
 from jaxnorm.tools.adapter.models import Arrays, Model, Path, Run, model_of
 from jaxnorm.tools.adapter.norms import NORMS, Only, chosen
+from jaxnorm.tools.folding.comparison import Comparison, Difference, compared
 from jaxnorm.tools.folding.dataflow import dataflow
 from jaxnorm.tools.folding.fold_pair import fold_pair
-from jaxnorm.tools.folding.linear_layers import skipped, with_bias
+from jaxnorm.tools.folding.folded_layers import (
+    NotHandedOver,
+    as_folded_model,
+    folded_layer,
+    skipped,
+)
 from jaxnorm.tools.folding.pairing import Pair, Pairing
 
-
-class Difference(NamedTuple):
-    """How far apart two outputs are.
-
-    Attributes:
-        absolute: the largest absolute difference of two numbers.
-        relative: the same, divided by the largest number of the first output.
-    """
-
-    absolute: float
-    relative: float
+MOST_ROUNDING = 0.1
+"""No difference above is told to be rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,23 +90,25 @@ def fold(
         model: an `nnx.Module`, or a Linen module bound to its variables, `model.bind(variables)`.
         *args, **kwargs: an example call of the model for inference, for a Linen module with what
             says so, such as `train=False`. NNX models are put into `eval`. By this call it is seen
-            which layer feeds which norm, and by it the two models are compared.
+            which layer feeds which norm, and by it the two models are compared, once more with
+            noise for the input of each folded layer.
         only: which norms: a pattern of paths, `"block1/*"`, a function of the path, or None for
             all.
         tolerance: how far the outputs may differ, relative to the largest; None for the square root
-            of the machine epsilon of the narrowest dtype among the variables of layers and norms
-            and the results of norms, 3e-4 in float32.
+            of the machine epsilon of the narrowest dtype that layers and norms are stored in,
+            compute in and return, or that what follows them computes in: 3e-4 in float32.
 
     Returns:
         The model, which norms went where, which are left and why, and how far the outputs differ;
         see `Folded`. It shares no arrays with the one given, which stays as it is. It is for calls
-        that use layers and norms together as the example did; a call for training, or for another
-        domain, is an error.
+        that use layers and norms together as the example did; a call that uses one without the
+        other, such as with another flag, for training, or for another domain, is an error.
 
     Raises:
         TypeError: a model that is none; traced arrays, by which nothing can be compared.
-        ValueError: a Linen module without variables; `only` that means no norm; outputs that differ
-            more than `tolerance`.
+        ValueError: a Linen module without variables; `only` that means no norm; an example that the
+            model does not take, or for which it returns NaN; outputs, or what a folded layer makes
+            of noise, that differ more than `tolerance`.
 
     Numerics:
         The new weights are computed in float32 or wider and rounded once, to the dtypes of the old.
@@ -136,42 +136,108 @@ def fold(
             f"of jax.jit and other transformations."
         )
 
-    def run(model: Any) -> Any:
-        return model(*args, **kwargs)
-
+    run = example_call(args, kwargs, who)
     flow = dataflow(adapter, run)
     norms = {p.call.path: p.call.layer for p in flow.places if isinstance(p.call.layer, NORMS)}
     similar = {path: each for path, each in lookalikes(adapter, run).items() if each.kind}
     norms |= similar
     pairing = Pairing(adapter, flow, chosen(norms, only, who) if norms else ())
-    folded = _without_norms(model, adapter, pairing.pairs, run)
-    difference = _difference(adapter, model_of(folded, who), run)
-    limit = _tolerance(adapter, pairing.pairs) if tolerance is None else tolerance
-    if pairing.pairs and difference.relative > limit:
+    shared = _shared(model, pairing.pairs) if isinstance(model, nnx.Module) else {}
+    own = {path: pair for path, pair in pairing.pairs.items() if path not in shared}
+    pairs, in_use = _without_reads(model, adapter, own, run)
+
+    def comparison(pairs: Mapping[Path, Pair]) -> tuple[Any, Comparison]:
+        folded = _without_norms(model, adapter, pairs, run)
+        return folded, compared(adapter, model_of(folded, who), pairs, run, who)
+
+    folded, found = comparison(pairs)
+    after = flow.rounding_after([pair.norm for pair in pairs.values()])
+    limits = {
+        path: pair.rounding**0.5 if tolerance is None else tolerance for path, pair in pairs.items()
+    }
+    for path, pair in pairs.items():
+        if found.pairs[path].relative > limits[path]:
+            layer = "/".join(pair.layer.call.path)
+            what = f"what '{layer}' makes of noise and what the two made of it"
+            raise ValueError(f"{who}: {_too_far(what, found.pairs[path], limits[path], path)}")
+    apart = max(found.outputs, found.on_noise, key=lambda difference: difference.relative)
+    limit = max([after**0.5, *limits.values()]) if tolerance is None else tolerance
+    if pairs and apart.relative > limit:
         alone = {
-            path: _difference(
-                adapter, model_of(_without_norms(model, adapter, {path: pair}, run), who), run
-            ).relative
-            for path, pair in pairing.pairs.items()
+            path: max(difference.relative for difference in comparison({path: pair})[1][:2])
+            for path, pair in pairs.items()
         }
         worst = max(alone, key=lambda path: alone[path])
-        raise ValueError(
-            f"{who}: the outputs differ by {difference.relative:.1e} of the largest, more than "
-            f"tolerance={limit:.1e}. Alone the norm '{'/'.join(worst)}' makes the largest part, "
-            f"{alone[worst]:.1e}. Leave it, only=lambda path: path != '{'/'.join(worst)}', or "
-            f"accept the rounding: tolerance={2 * difference.relative:.0e}."
-        )
+        raise ValueError(f"{who}: {_too_far('the outputs', apart, limit, worst)}")
+    left = pairing.left | shared | in_use | {path: each.why for path, each in similar.items()}
     return Folded(
         model=folded,
-        pairs={"/".join(p): "/".join(pair.layer.call.path) for p, pair in pairing.pairs.items()},
-        left={
-            "/".join(path): reason
-            for path, reason in (
-                pairing.left | {path: each.why for path, each in similar.items()}
-            ).items()
-        },
-        difference=difference,
+        pairs={"/".join(p): "/".join(pair.layer.call.path) for p, pair in pairs.items()},
+        left={"/".join(path): reason for path, reason in left.items()},
+        difference=found.outputs,
     )
+
+
+def _too_far(what: str, found: Difference, limit: float, worst: Path) -> str:
+    """What to say of a difference that is too large, and of the norm that makes most of it."""
+    name = "/".join(worst)
+    fix = f"Leave it, only=lambda path: path != '{name}'"
+    if found.relative <= min(10 * limit, MOST_ROUNDING):
+        fix += f", or accept the rounding: tolerance={2 * found.relative:.0e}"
+    return (
+        f"{what} differ by {found.relative:.1e} of the largest, more than tolerance={limit:.1e}. "
+        f"The norm '{name}' alone makes the largest part. {fix}."
+    )
+
+
+def _shared(given: nnx.Module, pairs: Mapping[Path, Pair]) -> dict[Path, str]:
+    """Why norms are left whose layers share variables, be it with layers not called here."""
+    modules = {tuple(map(str, path)): module for path, module in nnx.iter_modules(given)}
+    reasons = {}
+    for path, pair in pairs.items():
+        layer = pair.layer.call.path
+        for name in {"kernel", "bias"} & pair.keys.keys():
+            variable = vars(modules[layer])[name]
+            holders = [
+                f"'{'/'.join(other)}'"
+                for other, module in modules.items()
+                if other != layer and any(value is variable for value in vars(module).values())
+            ]
+            if holders:
+                reasons[path] = (
+                    f"the {name} of '{'/'.join(layer)}' is also that of {', '.join(holders)}"
+                )
+    return reasons
+
+
+def _without_reads(
+    given: Any, model: Model, pairs: Mapping[Path, Pair], run: Run
+) -> tuple[dict[Path, Pair], dict[Path, str]]:
+    """The pairs without which the model can be called, and of others why it cannot.
+
+    Its code may ask the norm for what is gone, variables that nothing depends on or an option.
+    """
+
+    def failure(pairs: Mapping[Path, Pair]) -> str | None:
+        new = model_of(_without_norms(given, model, pairs, run), model.who)
+        try:
+            jax.eval_shape(
+                lambda arrays: arrays_in(new.run(arrays, run, lambda call: call.proceed(call.x))),
+                new.arrays,
+            )
+        except (TypeError, ValueError) as error:  # see `example_call`
+            cause = error.__cause__
+            if isinstance(cause, NotHandedOver):
+                return "its input is used as an array on the way to it: cast it by x.astype(dtype)"
+            reason = first_line(cause if isinstance(cause, Exception) else error)
+            return f"the model cannot be called without it: {reason}"
+        return None
+
+    if not failure(pairs):
+        return dict(pairs), {}
+    reasons = {path: failure({path: pair}) for path, pair in pairs.items()}
+    left = {path: reason for path, reason in reasons.items() if reason}
+    return {path: pair for path, pair in pairs.items() if path not in left}, left
 
 
 def _without_norms(given: Any, model: Model, pairs: Mapping[Path, Pair], run: Run) -> Any:
@@ -184,16 +250,16 @@ def _without_norms(given: Any, model: Model, pairs: Mapping[Path, Pair], run: Ru
         kernel, bias = _folded(pair, model.arrays)
         arrays[pair.keys["kernel"]] = kernel
         arrays[(*pair.keys["kernel"][:-1], "bias")] = bias
-        if "bias" not in pair.keys:
-            layers[layer.path] = with_bias(originals.get(layer.path, layer.layer), bias)
-        layers[path] = skipped(pair.norm.call.layer, pair.dtype, pair.domain)
+        name, before = "/".join(path), originals.get(layer.path, layer.layer)
+        layers[layer.path] = folded_layer(before, "/".join(layer.path), name, bias)
+        layers[path] = skipped(pair.norm.call.layer, name, pair.dtype, pair.domain)
         if not is_nnx:
             gone = {model.key(path, name) for name in pair.norm.call.values}
             arrays = {key: leaf for key, leaf in arrays.items() if key not in gone}
     new = model.rebuilt(arrays, layers)
     if is_nnx:
         new.eval()
-    return new
+    return as_folded_model(new) if is_nnx and pairs else new
 
 
 def _folded(pair: Pair, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
@@ -225,40 +291,3 @@ def _folded(pair: Pair, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
         epsilon=spec.epsilon,
         output_axes=(*stacked, *(pair.stacked + axis for axis in pair.kernel_axes)),
     )
-
-
-def _difference(before: Model, after: Model, run: Run) -> Difference:
-    """How far the outputs of two models are apart."""
-    olds, news = _outputs(before, run), _outputs(after, run)
-    absolute = max(map(_apart, olds, news), default=0.0)
-    largest = max(
-        (float(np.abs(old[np.isfinite(old)]).max(initial=0.0)) for old in olds), default=0
-    )
-    return Difference(absolute, absolute / largest if largest else absolute)
-
-
-def _outputs(model: Model, run: Run) -> list[np.ndarray]:
-    """What a model returns, all floating point arrays in double precision."""
-    with jax.default_matmul_precision("highest"):
-        out = jax.jit(lambda arrays: model.run(arrays, run, lambda call: call.proceed(call.x)))(
-            model.arrays
-        )
-    leaves = [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return [
-        np.asarray(leaf).astype(np.complex128 if jnp.iscomplexobj(leaf) else np.float64)
-        for leaf in leaves
-    ]
-
-
-def _apart(old: np.ndarray, new: np.ndarray) -> float:
-    """The largest difference; none where both are the same, be it infinite or no number."""
-    same = (old == new) | (np.isnan(old) & np.isnan(new))
-    distance = np.abs(np.subtract(old, new, out=np.zeros_like(old), where=~same))
-    return float(np.nan_to_num(distance, nan=np.inf, posinf=np.inf).max(initial=0.0))
-
-
-def _tolerance(model: Model, pairs: Mapping[Path, Pair]) -> float:
-    """The square root of the largest machine epsilon among the dtypes of variables and results."""
-    dtypes = [pair.dtype for pair in pairs.values()]
-    dtypes += [model.arrays[key].dtype for pair in pairs.values() for key in pair.keys.values()]
-    return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=1e-7) ** 0.5

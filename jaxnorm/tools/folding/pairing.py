@@ -6,8 +6,11 @@ belongs to this layer alone.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Collection
 from typing import Any
+
+import jax.numpy as jnp
 
 from jaxnorm.core.axes import sizes
 from jaxnorm.methods import AdaBN, BatchNorm, BatchRenorm, IBNa, InstanceNorm, SwitchableNorm
@@ -17,6 +20,7 @@ from jaxnorm.tools.adapter.models import LayerCall, Model, Path
 from jaxnorm.tools.adapter.norms import NORMS
 from jaxnorm.tools.folding.dataflow import Dataflow, Place, Step
 from jaxnorm.tools.folding.linear_layers import LINEAR, kept_axes, pads_with_zeros
+from jaxnorm.tools.folding.product import product_rounding
 
 FIXED_BY_FEATURE = (BatchNorm, BatchRenorm, AdaBN, InstanceNorm)
 """The methods that, if they keep statistics, scale and shift each feature by stored numbers."""
@@ -40,6 +44,8 @@ class Pair:
         keys: where in the model's arrays the variables are: `kernel`, the layer's `bias`, and the
             norm's `mean`, `var`, `scale` and `offset`, as far as there are any.
         dtype: that of the norm's result.
+        rounding: the largest machine epsilon among the dtypes of the variables, the layer's product
+            and the norm's result.
         domain: that of the call, for a norm that has several.
     """
 
@@ -50,6 +56,7 @@ class Pair:
     stacked: int
     keys: dict[str, Path]
     dtype: Any
+    rounding: float
     domain: str | None
 
 
@@ -74,7 +81,7 @@ class Pairing:
     def _pair(self, places: list[Place]) -> Pair | str:
         """The pair that a norm is part of, or why it is part of none."""
         norm = places[0]
-        if reason := _own_call(norm) or _not_fixed(norm.call):
+        if reason := _own_call(norm) or _own_methods(norm) or _not_fixed(norm.call):
             return reason
         if len(places) > 1:
             return f"it is called {len(places)} times"
@@ -146,16 +153,19 @@ class Pairing:
                     f"{_name(place)} has no {name} of its own: it is that of another, "
                     f"'{'/'.join(key)}'"
                 )
-            others = self._flow.others_that_use(key, place) if place is layer else []
-            if others:
+            if others := self._flow.others_that_use(key, place):
                 used = ", ".join(dict.fromkeys(map(self._described, others)))
                 return f"the {name} of {_name(place)} is also used by {used}"
             keys[role] = key
             stacked.add(self._model.arrays[key].ndim - place.call.values[name].ndim)
         if len(stacked) > 1:
             return f"it and {_name(layer)} are not repeated alike: one has variables for each step"
+        rounding = product_rounding(self._flow, layer, keys["kernel"], keys.get("bias"))
+        if isinstance(rounding, Step | str):
+            return f"{_name(layer)} does more than its kind: {self._more(rounding)}"
         outputs = list(kept)
-        end = self._flow.steps[norm.ends]
+        dtype = self._flow.shape(self._flow.steps[norm.ends].outputs[0]).dtype
+        dtypes = [dtype, *(self._model.arrays[key].dtype for key in keys.values())]
         return Pair(
             norm=norm,
             layer=layer,
@@ -163,8 +173,14 @@ class Pairing:
             norm_axes=tuple(outputs.index(axis) for axis in axes),
             stacked=stacked.pop(),
             keys=keys,
-            dtype=self._flow.shape(end.outputs[0]).dtype,
+            dtype=dtype,
+            rounding=max(rounding, *(float(jnp.finfo(dtype).eps) for dtype in dtypes)),
             domain=_domain(norm.call),
+        )
+
+    def _more(self, product: Step | str) -> str:
+        return (
+            product if isinstance(product, str) else f"its kernel or output goes through {product}"
         )
 
     def _described(self, step: Step | None) -> str:
@@ -198,6 +214,30 @@ def _own_call(place: Place) -> str | None:
         return None
     kind = type(place.call.layer).__name__
     return f"{kind} has a __call__ of its own, so that it is not known what {_name(place)} does"
+
+
+def _own_methods(place: Place) -> str | None:
+    """Why it is not known what a norm does: a user's subclass has other parts of its call."""
+    layer = place.call.layer
+    kinds = [kind for kind in type(layer).__mro__ if _is_known(kind)]
+    own = [
+        name
+        for kind in type(layer).__mro__
+        if not _is_known(kind)
+        for name, value in vars(kind).items()
+        if inspect.isfunction(value) and not name.startswith("__")
+        if any(hasattr(known, name) for known in kinds)
+    ]
+    if not own:
+        return None
+    return (
+        f"{type(layer).__name__} has a {own[0]} of its own, so that it is not known what "
+        f"{_name(place)} does"
+    )
+
+
+def _is_known(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("builtins", "flax", "jaxnorm")
 
 
 def _not_fixed(call: LayerCall) -> str | None:

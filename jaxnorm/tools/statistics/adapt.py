@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm.tools.adapter.calling import Call, on_batch
 from jaxnorm.tools.adapter.evidence import Blend
 from jaxnorm.tools.adapter.norms import Only
-from jaxnorm.tools.statistics.passes import Batches, Call, Order, RunningVar, Study
+from jaxnorm.tools.statistics.passes import Batches, Order, RunningVar, Study
 
 
 def adapt_stats(
@@ -30,7 +31,7 @@ def adapt_stats(
     batches: Batches,
     *,
     prior_strength: float = 0.0,
-    call: Call = lambda model, batch: model(batch),
+    call: Call = on_batch,
     order: Order = "together",
     examples: Callable[[Any], ArrayLike] | None = None,
     running_var: RunningVar = None,
@@ -109,7 +110,7 @@ def batch_adapter(
     example: Any,
     *,
     prior_strength: float = 0.0,
-    call: Call = lambda model, batch: model(batch),
+    call: Call = on_batch,
     examples: Callable[[Any], ArrayLike] | None = None,
     running_var: RunningVar = None,
     only: Only = None,

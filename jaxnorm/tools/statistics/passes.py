@@ -17,13 +17,14 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxnorm.methods.accumulation import PREFIX
+from jaxnorm.tools.adapter.calling import Call, call_of
 from jaxnorm.tools.adapter.cycles import check_no_cycle
 from jaxnorm.tools.adapter.evidence import Blend, Collector, Estimate, Norm
+from jaxnorm.tools.adapter.marks import is_array
 from jaxnorm.tools.adapter.models import Arrays, Model, Path, fresh, model_of
 from jaxnorm.tools.adapter.norms import Only
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
-Call = Callable[[Any, Any], Any]
 Order = Literal["together", "layer by layer"]
 RunningVar = Literal["biased", "unbiased"] | None
 Part = TypeVar("Part")
@@ -59,7 +60,7 @@ class Study:
         examples: Callable[[Any], Any] = lambda batch: 0.0,
         blend: Callable[[Any], Blend] | None = None,
     ):
-        self._who, self._call, self._order = who, call, order
+        self._who, self._call, self._order = who, call_of(call, who), order
         self._examples, self._blend = examples, blend
         _check_options(order, running_var, who)
         _check_batches(batches, order, who)
@@ -68,7 +69,7 @@ class Study:
         self._first, self._rest = self._opened(1)
         _check_values(self._first, self._model, who)
         self._collector = Collector(
-            self._model, lambda model: call(model, self._first), who, running_var, only
+            self._model, lambda model: self._call(model, self._first), who, running_var, only
         )
         self._norms: Mapping[Path, Norm] = self._collector.norms
         self._step, self._merge = jax.jit(self._seen), jax.jit(self._together)
@@ -85,7 +86,15 @@ class Study:
         """What `call` returns for a batch by whose statistics the norms normalize, blended."""
 
         def called(arrays: Arrays, batch: Any) -> Any:
-            return self._observed(arrays, batch)[0]
+            out = self._observed(arrays, batch)[0]
+            for leaf in jax.tree.leaves(out):
+                if not is_array(leaf):
+                    raise TypeError(
+                        f"{self._who}: the call returns {type(leaf).__name__}, which a compiled "
+                        f"function cannot. Pick the arrays: call=lambda model, batch: "
+                        f"model(batch)['logits']."
+                    )
+            return out
 
         return functools.partial(jax.jit(called), fresh(self._model.arrays))
 

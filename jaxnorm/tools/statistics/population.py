@@ -13,15 +13,16 @@ belong to the result. Not where training normalizes by running statistics itself
 
 from typing import Any
 
+from jaxnorm.tools.adapter.calling import Call, on_batch
 from jaxnorm.tools.adapter.norms import Only
-from jaxnorm.tools.statistics.passes import Batches, Call, Order, RunningVar, Study
+from jaxnorm.tools.statistics.passes import Batches, Order, RunningVar, Study
 
 
 def population_stats(
     model: Any,
     batches: Batches,
     *,
-    call: Call = lambda model, batch: model(batch),
+    call: Call = on_batch,
     order: Order = "together",
     running_var: RunningVar = None,
     only: Only = None,
