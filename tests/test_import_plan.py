@@ -79,7 +79,7 @@ def arrays_of(model, rename=lambda path: path):
     """Other values for all variables of a model, by their paths."""
     generator = np.random.default_rng(0)
     return {
-        rename(path): generator.normal(size=leaf.shape).astype(np.float32)
+        rename(path): generator.uniform(1, 2, leaf.shape).astype(np.float32)
         for path, leaf in flat(model).items()
     }
 
