@@ -173,8 +173,8 @@ def right_shapes(importer, kind):
         bias = {"heads": importer.heads, "depthwise": [(12,)]}.get(kind, [(6,)])
         return {importer.kernel: importer.kernels[kind], importer.bias: bias}
     if kind == "batch":
-        return dict.fromkeys(importer.norm, [(6,)])
-    return dict.fromkeys(importer.norm[:2], getattr(importer, kind))
+        return {array: [(6,)] for array in importer.norm}
+    return {array: getattr(importer, kind) for array in importer.norm[:2]}
 
 
 def wrong_shapes(right, may_have_ones):
