@@ -35,7 +35,7 @@ LAYERS: Mapping[str, tuple[Callable[..., nnx.Module], Shape]] = {
     "flat": (lambda **kw: jnx.LayerNorm(6, **AXES, **kw), (1, 2, 3)),
 }
 """Kinds of layers, and a shape of an input. No two sizes of a kernel are alike."""
-MANY = 14
+MANY = 8
 
 
 class Importer(NamedTuple):
@@ -180,9 +180,8 @@ def right_shapes(importer, kind):
 def wrong_shapes(right, may_have_ones):
     """Other shapes with as many elements."""
     first, size = right[0], math.prod(right[0])
-    shapes = {(size,), (size, 1), (1, size), (2, size // 2), (size // 2, 2), (3, size // 3)}
-    shapes |= {first[::-1], (*first, 1), (1, *first), (*first[1:], first[0])}
-    shapes |= {(first[0], size // first[0]), (size // first[-1], first[-1])}
+    shapes = {(size,), (1, size), (2, size // 2), (size // 2, 2)}
+    shapes |= {first[::-1], (*first, 1), (*first[1:], first[0])}
 
     def bare(shape):
         return tuple(n for n in shape if n != 1) if may_have_ones else shape

@@ -106,7 +106,9 @@ def features_first(leaf: np.ndarray, target: TargetLayer, who: str) -> np.ndarra
             )
         return leaf
     if target.channels_first is not True:
-        channels, *spatial = _image(target, leaf.size, who, "features of this norm") or ()
+        shape = _image(target, leaf.size, who, "features of this norm")
+        assert shape is not None
+        channels, *spatial = shape
         leaf = leaf.reshape(*spatial, channels)
     return np.moveaxis(leaf, -1, 0)
 

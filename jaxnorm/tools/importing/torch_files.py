@@ -1,5 +1,6 @@
 """Files of a state dict, read without running code that they hold."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -69,7 +70,7 @@ def _load_npz(file: pathlib.Path, who: str) -> Mapping[str, Any]:
 
 def _load_torch(file: pathlib.Path, who: str) -> Mapping[str, Any]:
     try:
-        import torch  # pyright: ignore[reportMissingImports]
+        torch = importlib.import_module("torch")
     except ImportError as error:
         raise ImportError(
             f"{who}: {str(file)!r} was written by torch.save, and only PyTorch reads it. Run pip "
