@@ -35,7 +35,7 @@ LAYERS: Mapping[str, tuple[Callable[..., nnx.Module], Shape]] = {
     "flat": (lambda **kw: jnx.LayerNorm(6, **AXES, **kw), (1, 2, 3)),
 }
 """Kinds of layers, and a shape of an input. No two sizes of a kernel are alike."""
-MANY = 8
+MANY = 9
 
 
 class Importer(NamedTuple):

@@ -73,8 +73,8 @@ def import_keras(
     Raises:
         TypeError: no model with variables; arrays, names or options that are none.
         ValueError: every key that was not used, every variable that was not filled, every shape
-            and every option that differs, and values that no layer can have, all at once; two arrays of
-            the same name.
+            and every option that differs, and values that no layer can have, all at once; two
+            arrays of one name.
 
     Numerics:
         Values are copied bit by bit, and rounded only if the model's dtype is narrower.
