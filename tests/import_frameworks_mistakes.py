@@ -37,6 +37,24 @@ def flat_image(shape):
 
 
 ONES = np.ones(3, np.float32)
+CYCLE: dict = {}
+CYCLE["bn"] = CYCLE
+
+
+class SameNames:
+    """A model of Keras, two layers of which have one name."""
+
+    class Variable:
+        path = "d/kernel"
+
+        def __array__(self, dtype=None, copy=None):
+            return ONES
+
+    variables = (Variable(), Variable())
+
+    def _flatten_layers(self):
+        return []
+
 
 ROWS = [
     *(
@@ -79,6 +97,37 @@ ROWS = [
                 r"found list.*model\.bind\(variables\), an nnx\.Module.*nnx\.to_pure_dict",
             ),
         )
+    ),
+    *(
+        Row(f"two arrays of one name, {kind}", trigger, ValueError, f"^{says}.*Rename one")
+        for kind, trigger, says in (
+            (
+                "of layers of Keras",
+                lambda: import_keras(norm(), SameNames(), X),
+                r"import_keras: 'd/kernel' .*variables\[0\] \(3,\) and variables\[1\] \(3,\)",
+            ),
+            (
+                "nested and not",
+                lambda: import_keras(norm(), {"a/b": ONES, "a": {"b": ONES}}, X),
+                r"import_keras: 'a/b' .*, variables\['a/b'\] .* and variables\['a'\]\['b'\]",
+            ),
+            (
+                "a parameter and a state",
+                lambda: import_haiku(norm(), {"bn": {"scale": ONES}}, {"bn": {"scale": ONES}}, X),
+                r"import_haiku: 'bn/scale' .*params\['bn'\]\['scale'\].*state\['bn'\]\['scale'\]",
+            ),
+            (
+                "in two collections",
+                lambda: import_flax(norm(), {"params": {"a": ONES}, "batch_stats": {"a": ONES}}, X),
+                r"import_flax: 'a' .*'params/a' .* 'batch_stats/a'",
+            ),
+        )
+    ),
+    Row(
+        "mapping that contains itself",
+        lambda: import_keras(norm(), CYCLE, X),
+        TypeError,
+        r"^import_keras: the mapping at \['bn'\] contains itself",
     ),
     Row(
         "import of a Linen module without variables",

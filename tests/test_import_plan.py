@@ -79,7 +79,7 @@ def arrays_of(model, rename=lambda path: path):
     """Other values for all variables of a model, by their paths."""
     generator = np.random.default_rng(0)
     return {
-        rename(path): generator.normal(size=leaf.shape).astype(np.float32)
+        rename(path): generator.uniform(1, 2, leaf.shape).astype(np.float32)
         for path, leaf in flat(model).items()
     }
 
@@ -128,9 +128,9 @@ def test_names_hold_for_all_that_is_below_and_the_longest_path_wins(framework):
 def test_paths_are_whole_names():
     """The path `b1` is no part of `b10`."""
     names = names_of({"b1": "x"}, ["b1/norm", "b10/norm"], ".", "test")
-    assert names == {"b1/norm": "x.norm", "b10/norm": "b10.norm"}
+    assert names == {"b1/norm": ("x.norm",), "b10/norm": ("b10.norm",)}
     several = names_of({"layers": ["a", "b"]}, ["layers/norm"], ".", "test")
-    assert several == {"layers/norm": Stack(("a.norm", "b.norm"))}
+    assert several == {"layers/norm": (Stack(("a.norm", "b.norm")),)}
 
 
 class Scanned(nn.Module):

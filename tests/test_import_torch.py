@@ -4,6 +4,7 @@ By default against results that `record_torch.py` recorded; where PyTorch is ins
 with fresh random models.
 """
 
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,6 +22,8 @@ from tool_models import branches, image, resnet, vector
 
 import jaxnorm.linen as jnn
 import jaxnorm.nnx as jnx
+from jaxnorm.tools.importing.flax import import_flax
+from jaxnorm.tools.importing.names import Tied
 from jaxnorm.tools.importing.presets import torch_defaults
 from jaxnorm.tools.importing.safetensors_file import save_safetensors
 from jaxnorm.tools.importing.torch import export_torch, import_torch
@@ -439,6 +442,106 @@ def test_safetensors_files(tmp_path):
     filled, _ = import_torch(model, tmp_path / "model.safetensors", X)
     assert (filled.kernel[...] == model.kernel[...]).all()
     assert filled.bias[...].tolist() == [0.5, -2.0]
+
+
+KERNEL = np.arange(9, dtype=np.float32).reshape(3, 3)
+FILES = {
+    "model.npz": lambda path, state: np.savez(path, **state),
+    "model.safetensors.index.json": lambda path, state: write_shards(path, state),
+}
+
+
+def write_shards(path, state):
+    """One file for each array, and the index of all."""
+    file_of = {key: f"{key}.npz" for key in state}
+    for key, file in file_of.items():
+        np.savez(path.parent / file, **{key: state[key]})
+    path.write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_known_by_what_is_in_them(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    state = {"weight": np.ones((2, 3), np.float32), "bias": np.float32([0.5, -2.0])}
+    FILES[name](tmp_path / name, state)
+    (tmp_path / name).rename(tmp_path / "model")
+    filled, _ = import_torch(dense("nnx"), "~/model", X)
+    assert filled(X).tolist() == [[3.5, 1.0]]
+
+
+def test_live_files_of_pytorch(tmp_path):
+    """With dtypes that NumPy has not and parameters that need a gradient; in both of its forms."""
+    torch = pytest.importorskip("torch")
+    weight = torch.nn.Parameter(torch.ones((2, 3), dtype=torch.bfloat16))
+    state = {"weight": weight, "bias": torch.tensor([0.5, -2.0])}
+    paths = [tmp_path / name for name in ("zip.pt", "old.pth")]
+    for path in paths:
+        torch.save(state, path, _use_new_zipfile_serialization=path.name == "zip.pt")
+    float8 = state | {"bias": state["bias"].to(torch.float8_e5m2)}
+    for source in (*paths, float8):
+        filled, _ = import_torch(dense("nnx"), source, X)
+        assert filled(X).tolist() == [[3.5, 1.0]]
+    torch.save({"weight": pathlib.Path("an object")}, paths[0])
+    with pytest.raises(ValueError, match=r"^import_torch: PyTorch does not read"):
+        import_torch(dense("nnx"), paths[0], X)
+
+
+class TiedInside(nnx.Module):
+    """Two layers with one kernel, and a layer that stands in two places; or one of each alone."""
+
+    def __init__(self, rngs=None, *, is_tied=True):
+        rngs = nnx.Rngs(0)
+        self.a, self.o = (nnx.Linear(3, 3, rngs=rngs) for _ in range(2))
+        self.first = nnx.List([nnx.Linear(3, 3, rngs=rngs)])
+        self.last = nnx.Linear(3, 3, rngs=rngs)
+        if is_tied:
+            self.o.kernel, self.last = self.a.kernel, self.first[0]
+        self.me = self
+
+    def __call__(self, x):
+        return self.last(self.first[0](self.o(self.a(x))))
+
+
+def test_what_is_tied_goes_by_all_its_names():
+    state = {
+        f"{layer}.{name}": leaf
+        for layer in ("a", "o", "first.0", "last")
+        for name, leaf in (("weight", KERNEL), ("bias", np.ones(3, np.float32)))
+    }
+    filled, _ = import_torch(TiedInside(), state, X)
+    assert filled.o.kernel is filled.a.kernel
+    assert filled.last is filled.first[0]
+    back = export_torch(filled, X)
+    assert back.keys() == state.keys()
+    assert all((back[key] == state[key]).all() for key in state)
+    # One of several names does, in the file and in ours.
+    once = {key: leaf for key, leaf in state.items() if key not in ("a.weight", "first.0.weight")}
+    filled, report = import_torch(TiedInside(), once, X)
+    assert report.fits
+    assert (filled.a.kernel[...] == KERNEL.T).all()
+    assert export_torch(filled, X, names={"last": "first.0"}).keys() == state.keys() - {
+        "last.weight",
+        "last.bias",
+    }
+    # Of one that is not tied both are made.
+    apart, report = import_flax(TiedInside(is_tied=False), filled, X)
+    assert report.fits
+    assert (apart.o.kernel[...] == KERNEL.T).all()
+    assert (apart.last(X) == filled.last(X)).all()
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_names_say_what_is_tied_in_the_source(framework):
+    names = {"": Tied(("wte", "lm_head"))}
+    state = {"wte.weight": KERNEL[:2], "wte.bias": KERNEL[0, :2]}
+    state |= {key.replace("wte", "lm_head"): leaf.copy() for key, leaf in state.items()}
+    filled, report = import_torch(dense(framework), state, X, names=names)
+    assert report.copied["kernel"] == "lm_head.weight"
+    back = export_torch(filled, X, names=names)
+    assert back.keys() == state.keys()
+    assert all((back[key] == state[key]).all() for key in state)
+    with pytest.raises(ValueError, match=r"from 'lm_head\.bias': differs from 'wte\.bias'"):
+        import_torch(dense(framework), state | {"lm_head.bias": KERNEL[1, :2]}, X, names=names)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

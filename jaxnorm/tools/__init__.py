@@ -25,6 +25,7 @@ from jaxnorm.tools.importing.flax import import_flax as import_flax
 from jaxnorm.tools.importing.haiku import import_haiku as import_haiku
 from jaxnorm.tools.importing.keras import import_keras as import_keras
 from jaxnorm.tools.importing.names import Stack as Stack
+from jaxnorm.tools.importing.names import Tied as Tied
 from jaxnorm.tools.importing.plan import Imported as Imported
 from jaxnorm.tools.importing.presets import equinox_defaults as equinox_defaults
 from jaxnorm.tools.importing.presets import flax_defaults as flax_defaults

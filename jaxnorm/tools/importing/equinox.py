@@ -12,14 +12,28 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxnorm.tools.importing.arrays import flat_arrays, mirrored, reshaped
-from jaxnorm.tools.importing.layouts import features_of_norm, inputs_of_dense, unsaid_order
+from jaxnorm.tools.adapter.calling import example_call
+from jaxnorm.tools.importing.arrays import (
+    by_name,
+    flat_arrays,
+    mirrored,
+    repeated,
+    without_ones,
+)
+from jaxnorm.tools.importing.layouts import (
+    axes_of_dense_general,
+    features_of_norm,
+    has_axes_of,
+    inputs_of_dense,
+    unsaid_order,
+)
 from jaxnorm.tools.importing.names import Names
 from jaxnorm.tools.importing.options import SourceOptions
 from jaxnorm.tools.importing.plan import Imported, Source, SourceLayer, import_layers
 from jaxnorm.tools.importing.targets import TargetLayer
 
 NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm")
+KERNELS = ("Conv", "ConvTranspose", "Dense", "DenseGeneral")
 ROLES = {"weight": "scale", "bias": "bias", "mean": "mean", "var": "var"}
 OPTIONS = {"eps": "epsilon", "momentum": "momentum"}
 
@@ -69,7 +83,8 @@ def import_equinox(
     Raises:
         TypeError: no model with variables; arrays, names or options that are none.
         ValueError: every key that was not used, every variable that was not filled, every shape
-            and every option that differs, all at once.
+            and every option that differs, and values that no layer can have, all at once; two
+            arrays of one name.
 
     Numerics:
         Values are copied bit by bit, and rounded only if the model's dtype is narrower. Running
@@ -92,11 +107,12 @@ def import_equinox(
     if dataclasses.is_dataclass(module):
         options = _options(module)
         module = equinox_arrays(module, state)
-    arrays = flat_arrays(module, who, "the module, or equinox_arrays(module, state)", ".")
+    fix = "the module, or equinox_arrays(module, state)"
+    arrays = flat_arrays({"arrays": module}, who, fix, ".")
     return import_layers(
         model,
         Source("equinox", arrays, functools.partial(_read, who=who), options=options),
-        lambda model: model(*args, **kwargs),
+        example_call(args, kwargs, who),
         names=names,
         source_options=source,
         channels_first=channels_first,
@@ -134,13 +150,14 @@ def equinox_arrays(module: Any, state: Any = None) -> dict[str, np.ndarray]:
         >>> {name: leaf.shape for name, leaf in arrays.items()}
         {'weight': (3, 2), 'bias': (3,)}
     """
-    arrays = {}
+    arrays = []
     for path, node in _nodes(module, ""):
         if _is_array(node):
-            arrays[path] = np.asarray(node)
+            arrays.append((path, "an array", np.asarray(node)))
         elif state is not None and hasattr(node, "batch_state_index"):
-            arrays |= {f"{path}.{name}".lstrip("."): leaf for name, leaf in _stats(node, state)}
-    return arrays
+            for name, leaf in _stats(node, state):
+                arrays.append((f"{path}.{name}".lstrip("."), "a running average", leaf))
+    return by_name(arrays, "equinox_arrays")
 
 
 def _nodes(node: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -197,15 +214,18 @@ def _options(module: Any) -> dict[str, dict[str, Any]]:
 def _read(target: TargetLayer, local: Mapping[str, np.ndarray], who: str) -> SourceLayer:
     if target.kind in NORMS:
         return _read_norm(target, local)
+    if target.kind not in KERNELS:
+        return SourceLayer({}, {})
     keys = {role: (key,) for role, key in (("kernel", "weight"), ("bias", "bias")) if key in local}
     arrays = {role: local[key] for role, (key,) in keys.items()}
+    if "kernel" in arrays and not has_axes_of(arrays["kernel"], target):
+        del arrays["kernel"], keys["kernel"]
     if "kernel" in arrays:
         arrays["kernel"] = _kernel(arrays["kernel"], target, who)
-    if "bias" in arrays:
-        # Convolutions keep the spatial axes, of size 1.
-        arrays["bias"] = arrays["bias"].reshape(-1)
-    if target.kind == "DenseGeneral":
-        arrays = {role: reshaped(leaf, target.shapes.get(role)) for role, leaf in arrays.items()}
+    if "bias" in arrays and target.kind in ("Conv", "ConvTranspose"):
+        # They keep the spatial axes, of size 1.
+        arrays["bias"] = without_ones(arrays["bias"], target.shapes.get("bias"))
+    arrays = {role: axes_of_dense_general(leaf, target, role) for role, leaf in arrays.items()}
     return SourceLayer(arrays, keys)
 
 
@@ -226,7 +246,7 @@ def _read_norm(target: TargetLayer, local: Mapping[str, np.ndarray]) -> SourceLa
     arrays = {role: features_of_norm(leaf, target, role) for role, leaf in found.items()}
     notes = ()
     if "updates" in local:
-        arrays["updates"] = np.broadcast_to(local["updates"], target.shapes.get("updates", ()))
+        arrays["updates"] = repeated(local["updates"], target.shapes.get("updates"))
         keys["updates"] = ("updates",)
         if "updates" not in target.keys:
             notes = ("Equinox debiases; to train on alike, construct ours with debias=True",)

@@ -1,12 +1,12 @@
 """The variables of a model by the names of another framework: the way back from an import."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxnorm.tools.adapter.models import Run, model_of
+from jaxnorm.tools.adapter.models import Path, Run, model_of
 from jaxnorm.tools.importing.names import Names, Stack, check_paths, names_of
 from jaxnorm.tools.importing.targets import TargetLayer, target_layers
 
@@ -49,28 +49,52 @@ def export_layers(
             f"for layers that have one, such as BatchNorm, and export that model."
         )
     exported: dict[str, np.ndarray] = {}
+    # Of each key the variables of its layer: layers that have all in common may have one name.
+    made_of: dict[str, Mapping[str, Path]] = {}
     for target in targets:
         target = dataclasses.replace(target, channels_first=layouts.get(target.name))
-        name = named[target.name]
-        for i, each in enumerate(name.names if isinstance(name, Stack) else (name,)):
-            arrays = {
-                role: _part(held.arrays[key], name, i)
-                for role, key in target.keys.items()
-                # Evidence that waits for a step means nothing elsewhere.
-                if not role.startswith("pending_")
-            }
-            for local, leaf in write(target, arrays).items():
-                key = separator.join(part for part in (each, local) if part)
-                if key in exported:
-                    raise ValueError(
-                        f"{who}: {key!r} would hold two variables, one of '{target.name}'. Give "
-                        f"each layer a name of its own: names={{'block1/norm1': 'layer1.0.bn1'}}."
-                    )
-                exported[key] = np.array(leaf, order="C")
+        whole = {
+            role: np.asarray(held.arrays[key])
+            for role, key in target.keys.items()
+            # Evidence that waits for a step means nothing elsewhere.
+            if not role.startswith("pending_")
+        }
+        for name in named[target.name]:
+            for each, arrays in _parts(whole, target, name, who):
+                for local, leaf in write(target, arrays).items():
+                    key = separator.join(part for part in (each, local) if part)
+                    if made_of.setdefault(key, target.keys) != target.keys:
+                        raise ValueError(
+                            f"{who}: {key!r} would hold two variables, one of '{target.name}'. "
+                            f"Give each layer a name of its own: "
+                            f"names={{'block1/norm1': 'layer1.0.bn1'}}."
+                        )
+                    exported[key] = np.array(leaf, order="C")
     return exported
 
 
-def _part(leaf: Any, name: str | Stack, i: int) -> np.ndarray:
-    """A variable, or that of one of the layers that are stacked."""
-    whole = np.asarray(leaf)
-    return whole.take(i, name.axis) if isinstance(name, Stack) else whole
+def _parts(
+    whole: dict[str, np.ndarray], target: TargetLayer, name: str | Stack, who: str
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """The variables of a layer, or of each of those that are stacked, with their names.
+
+    Raises:
+        ValueError: there are more or fewer layers than names.
+    """
+    for role, leaf in whole.items():
+        shape = target.shapes[role]
+        if isinstance(name, Stack):
+            axis = name.axis % (len(shape) + 1)
+            shape = (*shape[:axis], len(name.names), *shape[axis:])
+        # Those of a wrapper are known as they are stored only.
+        if leaf.shape != shape and "/" not in role:
+            raise ValueError(
+                f"{who}: {role!r} of '{target.name}' is {leaf.shape}, of which names={name!r} "
+                f"makes {shape}. A scan stacks layers; give a name for each: "
+                f"names={{{target.name!r}: Stack(('layers.0', 'layers.1'), axis=0)}}."
+            )
+    if not isinstance(name, Stack):
+        yield name, whole
+        return
+    for i, each in enumerate(name.names):
+        yield each, {role: leaf.take(i, name.axis) for role, leaf in whole.items()}

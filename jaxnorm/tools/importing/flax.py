@@ -4,6 +4,7 @@ The same variables have the same names in both, so that what differs is little: 
 into collections; NNX keeps those of weight norms elsewhere, and several feature axes flat.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -11,13 +12,21 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from flax import linen, nnx
 
+from jaxnorm.tools.adapter.calling import example_call
 from jaxnorm.tools.adapter.kinds import method_of
 from jaxnorm.tools.adapter.models import Model, Path, Run, model_of
-from jaxnorm.tools.importing.arrays import flat_arrays, reshaped
+from jaxnorm.tools.importing.arrays import by_name, flat_arrays
+from jaxnorm.tools.importing.layouts import feature_sizes
 from jaxnorm.tools.importing.names import Names, check_paths
 from jaxnorm.tools.importing.options import SourceOptions
 from jaxnorm.tools.importing.plan import Imported, Source, SourceLayer, import_layers
-from jaxnorm.tools.importing.targets import TargetLayer, beside_layers, target_layers
+from jaxnorm.tools.importing.targets import (
+    TargetLayer,
+    beside_layers,
+    places,
+    target_layers,
+    tied,
+)
 
 COLLECTIONS = ("params", "batch_stats")
 OPTIONS = ("epsilon", "momentum", "running_var", "debias", "zero_centered_scale")
@@ -75,7 +84,8 @@ def import_flax(
     Raises:
         TypeError: no model with variables; variables, names or options that are none.
         ValueError: every key that was not used, every variable that was not filled, every shape
-            and every option that differs, all at once.
+            and every option that differs, and values that no layer can have, all at once; two
+            arrays of one name.
 
     Numerics:
         Values are copied bit by bit, and rounded only if the model's dtype is narrower, or a scale
@@ -101,14 +111,13 @@ def import_flax(
     """
     who = "import_flax"
     scans = dict(scans or {})
+    spare: frozenset[str] = frozenset()
 
-    def call(model: Any) -> Any:
-        return model(*args, **kwargs)
-
+    call = example_call(args, kwargs, who)
     if isinstance(other, linen.Module):
         arrays, options = _of_linen(other, call_other or call, who)
     elif isinstance(other, nnx.Module):
-        arrays, options = _of_nnx(other, who)
+        arrays, options, spare = _of_nnx(other, who)
     else:
         arrays, options = _of_variables(other, who), {}
     held = model_of(model, who)
@@ -117,7 +126,7 @@ def import_flax(
     reader = _Reader({key: leaf.shape for key, leaf in held.arrays.items()}, scans)
     return import_layers(
         model,
-        Source("flax", arrays, reader.read, "/", options),
+        Source("flax", arrays, reader.read, "/", options, spare),
         call,
         names=names,
         source_options=source,
@@ -133,13 +142,16 @@ def _of_linen(other: linen.Module, call: Run, who: str) -> tuple[dict[str, np.nd
     """The arrays of a Linen module bound to its variables, and the options of its norms."""
     held = model_of(other, who)
     layers = {"/".join(path): calls[0].layer for path, calls in held.layers(call).items()}
-    return _named(_kept(held)), _options(layers)
+    return _named(_kept(held), who), _options(layers)
 
 
-def _of_nnx(other: nnx.Module, who: str) -> tuple[dict[str, np.ndarray], Options]:
-    """The arrays of an NNX module, and the options of its norms."""
+def _of_nnx(other: nnx.Module, who: str) -> tuple[dict[str, np.ndarray], Options, frozenset[str]]:
+    """The arrays of an NNX module, the options of its norms, and second names of what is tied."""
     layers = {"/".join(map(str, path)): layer for path, layer in nnx.iter_modules(other)}
-    return _named(_kept(model_of(other, who))), _options(layers)
+    kept, ties = _kept(model_of(other, who)), tied(other)
+    again = {place: leaf for key, leaf in kept.items() for place in places(key, ties)[1:]}
+    spare = frozenset(_named(again, who))
+    return _named({**kept, **again}, who), _options(layers), spare
 
 
 def _kept(held: Model) -> dict[Path, Any]:
@@ -151,22 +163,22 @@ def _of_variables(variables: Any, who: str) -> dict[str, np.ndarray]:
     """The arrays of variables alone, of Linen by collection or of NNX."""
     fix = "model.bind(variables), an nnx.Module, {'params': ..., 'batch_stats': ...} of Linen, or "
     fix += "nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat)))"
-    flat = flat_arrays(variables, who, fix, separator="\n")
-    return _named({tuple(key.split("\n")): leaf for key, leaf in flat.items()})
+    flat = flat_arrays({"variables": variables}, who, fix, separator="\n")
+    return _named({tuple(key.split("\n")): leaf for key, leaf in flat.items()}, who)
 
 
-def _named(arrays: Mapping[Path, Any]) -> dict[str, np.ndarray]:
+def _named(arrays: Mapping[Path, Any], who: str) -> dict[str, np.ndarray]:
     """Arrays by the name of their layer and their role in it, `"block/conv/kernel/scale"`."""
     plain = {_without_collection(key) for key in arrays}
-    named = {}
+    named = []
     for key, leaf in arrays.items():
         path = _without_collection(key)
         for layer, role in beside_layers(key):
             if (*layer, role.split("/")[0]) in plain:
                 path = (*layer, role)
                 break
-        named["/".join(path)] = np.asarray(leaf)
-    return named
+        named.append(("/".join(path), repr("/".join(key)), np.asarray(leaf)))
+    return by_name(named, who)
 
 
 def _without_collection(key: Path) -> Path:
@@ -235,13 +247,10 @@ class _Reader(NamedTuple):
 
     def _shaped(self, leaf: np.ndarray, target: TargetLayer, role: str) -> np.ndarray:
         """A norm's array with several feature axes or one for all, as the model has them."""
+        if method_of(target.layer) is None:
+            return leaf
         whole = self.shapes[target.keys[role]]
         scanned = len(whole) - len(target.shapes[role])
-        is_flat = 1 in (leaf.ndim - scanned, len(whole) - scanned)
-        if (
-            method_of(target.layer) is None
-            or not is_flat
-            or leaf.shape[:scanned] != whole[:scanned]
-        ):
-            return leaf
-        return reshaped(leaf, whole)
+        sizes = feature_sizes(target)
+        layouts = [(*whole[:scanned], *inner) for inner in (sizes, (math.prod(sizes),))]
+        return leaf.reshape(whole) if {leaf.shape, whole} <= {*layouts} else leaf

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxnorm.tools.importing.arrays import flat_arrays, mirrored, reshaped, without_ones
+from jaxnorm.tools.adapter.calling import example_call
+from jaxnorm.tools.importing.arrays import flat_arrays, mirrored, repeated, without_ones
+from jaxnorm.tools.importing.layouts import axes_of_dense_general, has_axes_of
 from jaxnorm.tools.importing.names import Names
 from jaxnorm.tools.importing.options import SourceOptions
 from jaxnorm.tools.importing.plan import Imported, Source, SourceLayer, import_layers
@@ -61,7 +63,8 @@ def import_haiku(
     Raises:
         TypeError: no model with variables; arrays, names or options that are none.
         ValueError: every key that was not used, every variable that was not filled, every shape
-            and every option that differs, all at once.
+            and every option that differs, and values that no layer can have, all at once; two
+            arrays of one name.
 
     Numerics:
         Values are copied bit by bit, and rounded only if the model's dtype is narrower. Of a
@@ -83,11 +86,12 @@ def import_haiku(
     """
     who = "import_haiku"
     fix = "params and state as hk.transform_with_state(f).init gives them, state=None for none"
-    arrays = flat_arrays(params, who, fix) | flat_arrays({} if state is None else state, who, fix)
+    trees = {"params": params, "state": {} if state is None else state}
+    arrays = flat_arrays(trees, who, fix)
     return import_layers(
         model,
         Source("haiku", arrays, _read, separator="/"),
-        lambda model: model(*args, **kwargs),
+        example_call(args, kwargs, who),
         names=names,
         source_options=source,
         partial=partial,
@@ -99,17 +103,19 @@ def _read(target: TargetLayer, local: Mapping[str, np.ndarray]) -> SourceLayer:
     if target.kind in NORMS:
         return _read_norm(target, local)
     arrays, keys = {}, {}
-    if "w" in local:
+    is_transposed = target.kind == "ConvTranspose"
+    if "w" in local and (not is_transposed or has_axes_of(local["w"], target)):
         kernel = local["w"]
-        if target.kind == "ConvTranspose":
+        if is_transposed:
             kernel = kernel.swapaxes(-1, -2)
             kernel = mirrored(kernel) if target.layer.transpose_kernel else kernel
         arrays["kernel"], keys["kernel"] = kernel, ("w",)
     if "b" in local:
-        # With channels first it has an axis of size 1 for each spatial axis.
-        arrays["bias"], keys["bias"] = local["b"].reshape(-1), ("b",)
-    if target.kind == "DenseGeneral":
-        arrays = {role: reshaped(leaf, target.shapes.get(role)) for role, leaf in arrays.items()}
+        arrays["bias"], keys["bias"] = local["b"], ("b",)
+        if target.kind in ("Conv", "ConvTranspose"):
+            # With channels first it has an axis of size 1 for each spatial axis.
+            arrays["bias"] = without_ones(local["b"], target.shapes.get("bias"))
+    arrays = {role: axes_of_dense_general(leaf, target, role) for role, leaf in arrays.items()}
     return SourceLayer(arrays, keys)
 
 
@@ -123,8 +129,8 @@ def _read_norm(target: TargetLayer, local: Mapping[str, np.ndarray]) -> SourceLa
             arrays[role] = local[f"{module}/average"]
             keys[role] = (f"{module}/average", f"{module}/hidden")
         if f"{module}/counter" in local:
-            count = local[f"{module}/counter"].astype(np.int32)
-            arrays["updates"] = np.broadcast_to(count, target.shapes.get("updates", ()))
+            count = local[f"{module}/counter"]
+            arrays["updates"] = repeated(count, target.shapes.get("updates"))
             keys["updates"] = (*keys.get("updates", ()), f"{module}/counter")
             if "updates" not in target.keys:
                 notes = ("Haiku debiases; to train on alike, construct ours with debias=True",)

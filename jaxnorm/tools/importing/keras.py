@@ -9,8 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxnorm.tools.importing.arrays import flat_arrays, mirrored, reshaped
-from jaxnorm.tools.importing.layouts import features_of_norm
+from jaxnorm.tools.adapter.calling import example_call
+from jaxnorm.tools.importing.arrays import as_array, by_name, flat_arrays, mirrored
+from jaxnorm.tools.importing.layouts import (
+    axes_of_dense_general,
+    features_of_norm,
+    has_axes_of,
+)
 from jaxnorm.tools.importing.names import Names
 from jaxnorm.tools.importing.options import SourceOptions
 from jaxnorm.tools.importing.plan import Imported, Source, SourceLayer, import_layers
@@ -69,7 +74,8 @@ def import_keras(
     Raises:
         TypeError: no model with variables; arrays, names or options that are none.
         ValueError: every key that was not used, every variable that was not filled, every shape
-            and every option that differs, all at once.
+            and every option that differs, and values that no layer can have, all at once; two
+            arrays of one name.
 
     Numerics:
         Values are copied bit by bit, and rounded only if the model's dtype is narrower.
@@ -97,12 +103,16 @@ def import_keras(
     options = {}
     if hasattr(variables, "variables"):
         options = _options(variables)
-        variables = {variable.path: np.asarray(variable) for variable in variables.variables}
-    arrays = _separable_as_two(flat_arrays(variables, who, fix))
+        named = (
+            (variable.path, f"variables[{i}]", as_array(variable, variable.path, who, fix))
+            for i, variable in enumerate(variables.variables)
+        )
+        variables = by_name(named, who)
+    arrays = _separable_as_two(flat_arrays({"variables": variables}, who, fix), who)
     return import_layers(
         model,
         Source("keras", arrays, _read, separator="/", options=options),
-        lambda model: model(*args, **kwargs),
+        example_call(args, kwargs, who),
         names=names,
         source_options=source,
         partial=partial,
@@ -120,10 +130,11 @@ def _options(model: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _separable_as_two(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _separable_as_two(arrays: dict[str, np.ndarray], who: str) -> dict[str, np.ndarray]:
     """Keys that have two layers in the place of a separable convolution."""
-    renamed = {}
-    for key, leaf in arrays.items():
+    renamed = []
+    for stored, leaf in arrays.items():
+        key = stored
         layer, _, name = key.rpartition("/")
         if f"{layer}/pointwise_kernel" in arrays:
             key = {
@@ -131,8 +142,8 @@ def _separable_as_two(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
                 "pointwise_kernel": f"{layer}/pointwise/kernel",
                 "bias": f"{layer}/pointwise/bias",
             }.get(name, key)
-        renamed[key] = leaf
-    return renamed
+        renamed.append((key, repr(stored), leaf))
+    return by_name(renamed, who)
 
 
 def _read(target: TargetLayer, local: Mapping[str, np.ndarray]) -> SourceLayer:
@@ -140,9 +151,11 @@ def _read(target: TargetLayer, local: Mapping[str, np.ndarray]) -> SourceLayer:
         return _read_norm(target, local)
     arrays = {role: local[role] for role in ("kernel", "bias") if role in local}
     if "kernel" in arrays:
-        arrays["kernel"] = _kernel(arrays["kernel"], target)
-    if target.kind == "DenseGeneral":
-        arrays = {role: reshaped(leaf, target.shapes.get(role)) for role, leaf in arrays.items()}
+        if target.kind == "ConvTranspose" and not has_axes_of(arrays["kernel"], target):
+            del arrays["kernel"]
+        else:
+            arrays["kernel"] = _kernel(arrays["kernel"], target)
+    arrays = {role: axes_of_dense_general(leaf, target, role) for role, leaf in arrays.items()}
     return SourceLayer(arrays, {role: (role,) for role in arrays})
 
 
@@ -150,8 +163,11 @@ def _kernel(kernel: np.ndarray, target: TargetLayer) -> np.ndarray:
     """A kernel in the layout of the model's layer."""
     if target.kind == "ConvTranspose":
         return kernel if target.layer.transpose_kernel else mirrored(kernel)
-    shape = target.shapes.get("kernel", ())
-    if target.kind == "Conv" and shape[-2:] == (1, kernel.shape[-2] * kernel.shape[-1]):
+    if target.kind != "Conv" or kernel.ndim < 2:
+        return kernel
+    *_, inputs, multiplier = kernel.shape
+    outputs = (1, inputs * multiplier)
+    if target.layer.feature_group_count == inputs and target.shapes["kernel"][-2:] == outputs:
         # Depthwise, [..., inputs, multiplier]: the outputs of one input lie together in both.
         return kernel.reshape(*kernel.shape[:-2], 1, -1)
     return kernel

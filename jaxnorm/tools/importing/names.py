@@ -11,14 +11,20 @@ class Stack(NamedTuple):
     axis: int = 0
 
 
-Name = str | tuple[str, ...] | list[str] | Stack
+class Tied(NamedTuple):
+    """Names in the source of the same arrays: of one layer that it keeps under several."""
+
+    names: tuple[str, ...]
+
+
+Name = str | tuple[str, ...] | list[str] | Stack | Tied
 Names = Mapping[str, Name] | Callable[[str], Name]
 
 
 def names_of(
     names: Names | None, targets: Iterable[str], separator: str, who: str
-) -> dict[str, str | Stack]:
-    """The name in the source of each layer of the model.
+) -> dict[str, tuple[str | Stack, ...]]:
+    """The name in the source of each layer of the model; several, if they are tied.
 
     Raises:
         TypeError: `names` is neither a mapping nor a function, or gives something else than names.
@@ -70,6 +76,8 @@ def _mapped(target: str, names: Mapping[str, Name], separator: str) -> Name:
                 return longer(name)
             case Stack(several, axis):
                 return Stack(tuple(map(longer, several)), axis)
+            case Tied(several):
+                return Tied(tuple(map(longer, several)))
             case tuple() | list() as several if all(isinstance(name, str) for name in several):
                 return Stack(tuple(map(longer, several)))
             case other:
@@ -77,12 +85,15 @@ def _mapped(target: str, names: Mapping[str, Name], separator: str) -> Name:
     return separator.join(parts)
 
 
-def _checked(name: Any, who: str) -> str | Stack:
-    """A name, or several that are stacked."""
-    if isinstance(name, str | Stack):
-        return name
-    if isinstance(name, tuple | list) and name and all(isinstance(part, str) for part in name):
-        return Stack(tuple(name))
+def _checked(name: Any, who: str) -> tuple[str | Stack, ...]:
+    """A name, or several that are stacked; or several that are tied."""
+    if isinstance(name, str):
+        return (name,)
+    several = name.names if isinstance(name, Stack | Tied) else name
+    if isinstance(several, tuple | list) and several and all(isinstance(n, str) for n in several):
+        if isinstance(name, Tied):
+            return tuple(several)
+        return (name if isinstance(name, Stack) else Stack(tuple(several)),)
     raise TypeError(
         f"{who}: names gives {name!r}, which is no name. Use text, 'layer1.0.bn1', or for a layer "
         f"that is run by a scan several: ('layers.0.bn', 'layers.1.bn')."

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.tools.adapter.models import Arrays, Run, model_of
+from jaxnorm.tools.adapter.models import Arrays, Path, Run, model_of
+from jaxnorm.tools.importing.layouts import axes_of_dense_general
 from jaxnorm.tools.importing.names import Names, Stack, check_paths, names_of
 from jaxnorm.tools.importing.options import SourceOptions, check_told, differing_options
 from jaxnorm.tools.importing.report import ImportReport
 from jaxnorm.tools.importing.targets import VARIABLE, TargetLayer, target_layers
+from jaxnorm.tools.importing.values import fit
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-COUNTS = ("updates", "step", "pending_batches")
-"""What names of variables that count begin with: floats in ours, integers elsewhere."""
 
 
 class SourceLayer(NamedTuple):
@@ -56,6 +56,7 @@ class Source:
             layer's name, by their local keys. What it does not know it leaves out.
         separator: between the names in keys.
         options: of the source's layers, by their names, where they are known.
+        spare: keys of arrays that are tied, and have another key that is not among these.
     """
 
     framework: str
@@ -63,6 +64,7 @@ class Source:
     read: Callable[[TargetLayer, Mapping[str, np.ndarray]], SourceLayer]
     separator: str = "."
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    spare: frozenset[str] = frozenset()
 
     def below(self, name: str) -> dict[str, np.ndarray]:
         """The arrays of the layer `name`, by local keys; of the whole source for the name ""."""
@@ -105,7 +107,8 @@ def import_layers(
         names: by the path of a layer, or of a module around layers, `"block1/norm1"`, the name in
             the source; or a function from the one to the other. Where nothing is said the two are
             alike. A tuple of names stacks layers along axis 0, as `nn.scan` does; `Stack` along
-            another. A variable of no known layer is named by its own path.
+            another. `Tied` names are those of the same arrays. A variable of no known layer is
+            named by its own path.
         source_options: the options that the source's layers had, by kind or path of the layer:
             `{"BatchNorm": dict(epsilon=1e-3)}`; those not given are the framework's defaults.
             `"same"` says they are those of the model.
@@ -131,11 +134,12 @@ def import_layers(
     filling = _Filling(source, held.arrays, told)
     for target in targets:
         target = dataclasses.replace(target, channels_first=layouts.get(target.name))
-        read = filling.fill(target, named[target.name])
-        if target.layer is not None and read.arrays and told != "same":
-            for found in differing_options(target, source.framework, read.options, told):
-                where = filling.options if found.serious else filling.notes
-                where.setdefault(found.says, []).append(target.name)
+        for name in named[target.name]:
+            read = filling.fill(target, name)
+            if target.layer is not None and read.arrays and told != "same":
+                for found in differing_options(target, source.framework, read.options, told):
+                    where = filling.options if found.serious else filling.notes
+                    _add(where, found.says, target.name)
     report = filling.report()
     if filling.unsaid or filling.options or not (partial or report.fits):
         raise ValueError(_says(filling, report, partial, who))
@@ -148,11 +152,15 @@ class _Filling:
     def __init__(self, source: Source, arrays: Arrays, told: SourceOptions | Literal["same"]):
         self.source, self.arrays, self.told = source, arrays, told
         self.filled: Arrays = {}
+        # Of what each was made, as a variable that is tied is filled again.
+        self.made_of: dict[Path, str] = {}
         self.copied: dict[str, str] = {}
         self.used: set[str] = set()
         self.dropped: set[str] = set()
-        self.missing: list[str] = []
+        self.missing: list[tuple[Path, str]] = []
         self.misshaped: list[str] = []
+        self.refused: list[str] = []
+        self.transposed: list[str] = []
         self.unsaid: list[str] = []
         # By what is said, the layers of which it is.
         self.options: dict[str, list[str]] = {}
@@ -164,7 +172,7 @@ class _Filling:
         layers = [self._read(target, each) for each in names]
         first = layers[0]
         for note in dict.fromkeys(note for layer in layers for note in layer.notes):
-            self.notes.setdefault(note, []).append(target.name)
+            _add(self.notes, note, target.name)
         for fix in dict.fromkeys(fix for layer in layers for fix in layer.problems):
             self.unsaid.append(f"'{target.name}': {fix}")
         for role in first.droppable - target.keys.keys():
@@ -179,14 +187,14 @@ class _Filling:
             found = [layer.arrays.get(role) for layer in layers]
             present = [leaf for leaf in found if leaf is not None]
             if len(present) < len(found) or not present:
-                self.missing.append(f"'{who}' (from {_text(name)})")
+                self.missing.append((key, f"'{who}' (from {_text(name)})"))
                 continue
             if role == "scale":
                 own = self._is_zero_centered(target, first)
                 present = [shifted(leaf, int(own) - int(zero_centered)) for leaf in present]
             keys = self._keys(layers, names, role)
             self.used |= keys
-            if self._put(key, who, present, name, sorted(keys)):
+            if self._put(target, role, who, present, name, sorted(keys)):
                 self.copied[who] = ", ".join(sorted(keys))
         return first
 
@@ -213,30 +221,52 @@ class _Filling:
         }
 
     def _put(
-        self, key: Any, who: str, found: list[np.ndarray], name: str | Stack, keys: list[str]
+        self,
+        target: TargetLayer,
+        role: str,
+        who: str,
+        found: list[np.ndarray],
+        name: str | Stack,
+        keys: list[str],
     ) -> bool:
-        """Whether the arrays have the shape and the kind of numbers of the variable."""
+        """Whether the arrays have the shape of the variable, and numbers that it can have."""
+        key = target.keys[role]
         old = self.arrays[key]
-        shapes = {leaf.shape for leaf in found}
-        try:
-            new = np.stack(found, name.axis) if isinstance(name, Stack) else found[0]
-        except (ValueError, np.exceptions.AxisError):
-            new = None
-        counts = who.rpartition("/")[2].startswith(COUNTS)
-        alike = new is not None and (counts or _same_numbers(new.dtype, old.dtype))
-        if new is None or new.shape != old.shape or not alike:
-            stacked = f" of {len(found)}" if isinstance(name, Stack) else ""
-            self.misshaped.append(
-                f"'{who}' {old.dtype}{tuple(old.shape)} from {', '.join(map(repr, keys))}{stacked} "
-                f"{found[0].dtype}{', '.join(map(str, sorted(shapes)))}"
+        made_of = ", ".join(map(repr, keys))
+        stacked = f" of {len(found)}" if isinstance(name, Stack) else ""
+        new = _together(found, name)
+        if new is None or new.shape != old.shape:
+            shapes = ", ".join(map(str, sorted({leaf.shape for leaf in found})))
+            says = (
+                f"'{who}' {old.dtype}{old.shape} from {made_of}{stacked} {found[0].dtype}{shapes}"
+            )
+            turned = [axes_of_dense_general(leaf.T, target, role) for leaf in found]
+            fits = getattr(_together(turned, name), "shape", None) == old.shape
+            if fits and found[0].ndim == 2 and len(keys) == len(found):
+                self.transposed += keys
+                says += ", which fits transposed"
+            self.misshaped.append(says)
+            return False
+        epsilon = float(getattr(target.layer, "epsilon", 0.0))
+        values, problem, notes = fit(new, old.dtype, role, epsilon)
+        if problem is not None:
+            self.refused.append(
+                f"'{who}' {old.dtype}{old.shape} from {made_of}{stacked} {new.dtype}: {problem}"
             )
             return False
-        if _is_narrower(old.dtype, new.dtype):
-            note = f"{new.dtype} of the source was rounded to the model's {old.dtype}"
-            self.notes.setdefault(note, []).append(who)
-        self.filled[key] = jax.device_put(
-            jnp.asarray(new, old.dtype), getattr(old, "sharding", None)
-        )
+        for note in notes:
+            _add(self.notes, note, who)
+        if key in self.filled:
+            # By bytes, so that NaN equals NaN.
+            if np.asarray(self.filled[key]).tobytes() != values.tobytes():
+                self.refused.append(
+                    f"'{who}' from {made_of}: differs from {self.made_of[key]}, with which the "
+                    f"model has one array"
+                )
+                return False
+            return True
+        self.made_of[key] = made_of
+        self.filled[key] = jax.device_put(jnp.asarray(values), getattr(old, "sharding", None))
         return True
 
     def report(self) -> ImportReport:
@@ -247,10 +277,12 @@ class _Filling:
             unused=tuple(
                 f"'{key}' {tuple(np.shape(leaf))}"
                 for key, leaf in arrays.items()
-                if key not in self.used | self.dropped
+                if key not in self.used | self.dropped | self.source.spare
             ),
-            missing=tuple(self.missing),
+            # What is tied needs to be in the source but once.
+            missing=tuple(says for key, says in self.missing if key not in self.filled),
             misshaped=tuple(self.misshaped),
+            refused=tuple(self.refused),
             dropped=tuple(key for key in arrays if key in self.dropped - self.used),
             notes=tuple(_listed(self.notes)),
         )
@@ -264,6 +296,7 @@ def _says(filling: _Filling, report: ImportReport, partial: bool, who: str) -> s
             ("keys of the source that were not used", () if partial else report.unused),
             ("variables that were not filled", () if partial else report.missing),
             ("shapes that differ", () if partial else report.misshaped),
+            ("arrays that are refused", () if partial else report.refused),
             ("layouts that are not said", filling.unsaid),
             ("options that differ", _listed(filling.options)),
         )
@@ -274,6 +307,11 @@ def _says(filling: _Filling, report: ImportReport, partial: bool, who: str) -> s
         fixes.append(
             "Say which layer is which, names={'block1/norm1': 'layer1.0.bn1'}, or with "
             "partial=True import the rest and leave these as they are."
+        )
+    if filling.transposed and not partial:
+        fixes.append(
+            f"What fits transposed, as weights of GPT-2 do, give so: {{**arrays, **{{key: "
+            f"arrays[key].T for key in {filling.transposed}}}}}."
         )
     if filling.options:
         framework = filling.source.framework
@@ -289,6 +327,21 @@ def _listed(said: Mapping[str, list[str]]) -> list[str]:
     return [f"{says}: {', '.join(map(repr, layers))}" for says, layers in said.items()]
 
 
+def _add(said: dict[str, list[str]], says: str, name: str) -> None:
+    """Says something of one more layer or variable; once if it is read under several names."""
+    names = said.setdefault(says, [])
+    if name not in names:
+        names.append(name)
+
+
+def _together(found: list[np.ndarray], name: str | Stack) -> np.ndarray | None:
+    """The array of a layer, or those of several stacked; None if they cannot be."""
+    try:
+        return np.stack(found, name.axis) if isinstance(name, Stack) else found[0]
+    except (ValueError, np.exceptions.AxisError):
+        return None
+
+
 def shifted(leaf: np.ndarray, by: int) -> np.ndarray:
     """A scale stored minus 1 as a whole one, or the other way, in float32 or wider."""
     return leaf if by == 0 else leaf.astype(np.promote_types(leaf.dtype, np.float32)) + by
@@ -296,15 +349,3 @@ def shifted(leaf: np.ndarray, by: int) -> np.ndarray:
 
 def _text(name: str | Stack) -> str:
     return repr(name.names) if isinstance(name, Stack) else repr(name)
-
-
-def _same_numbers(new: Any, old: Any) -> bool:
-    """Whether both are integers, or both floating point, or the old can hold complex numbers."""
-    if jnp.issubdtype(new, jnp.inexact) != jnp.issubdtype(old, jnp.inexact):
-        return False
-    return jnp.issubdtype(old, jnp.complexfloating) or not jnp.issubdtype(new, jnp.complexfloating)
-
-
-def _is_narrower(new: Any, old: Any) -> bool:
-    inexact = jnp.issubdtype(new, jnp.inexact)
-    return inexact and jnp.promote_types(new, old) != jnp.dtype(new)

@@ -12,8 +12,16 @@ def load_safetensors(path: str | os.PathLike[str], who: str) -> dict[str, np.nda
 
     Raises:
         ImportError: safetensors is not installed.
+        ValueError: the file is damaged, or holds a dtype that NumPy has not.
     """
-    return _library(who).load_file(os.fspath(path))
+    library = _library(who)
+    try:
+        return library.numpy.load_file(os.fspath(path))
+    except (library.SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{who}: safetensors cannot read {os.fspath(path)!r} into NumPy: {error}. Fetch it "
+            f"anew if it is damaged; of a dtype that NumPy has not, write float32 with PyTorch."
+        ) from error
 
 
 def save_safetensors(state_dict: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
@@ -37,7 +45,7 @@ def save_safetensors(state_dict: Mapping[str, np.ndarray], path: str | os.PathLi
     """
     # A transposed array would be written in the order of its memory.
     arrays = {key: np.array(leaf, order="C") for key, leaf in state_dict.items()}
-    _library("save_safetensors").save_file(arrays, os.fspath(path))
+    _library("save_safetensors").numpy.save_file(arrays, os.path.expanduser(path))
 
 
 def _library(who: str) -> Any:
@@ -48,4 +56,4 @@ def _library(who: str) -> Any:
             f"{who}: reading and writing .safetensors files needs safetensors, which is not "
             f"installed. Run pip install safetensors, or give arrays by name."
         ) from error
-    return safetensors.numpy
+    return safetensors

@@ -79,11 +79,13 @@ def target_layers(model: Model, run: Run) -> list[TargetLayer]:
         if model.collection(key) in ("params", "batch_stats")
     }
     wrappers: dict[Path, Any] = {}
+    ties: list[list[Path]] = []
     calls = {
         path: calls[0]
-        for path, calls in model.layers(_noting_wrappers(run, wrappers)).items()
+        for path, calls in model.layers(_noting(run, wrappers, ties)).items()
         if kind_of(calls[0].layer) is not None
     }
+    first = {place: key for key in wanted for place in places(key, ties)}
     beside: dict[Path, dict[str, Path]] = {}
     wrapped: dict[Path, Any] = {}
     for key in wanted:
@@ -93,43 +95,84 @@ def target_layers(model: Model, run: Run) -> list[TargetLayer]:
                 wrapped[path] = wrappers.get(key[1:-1]) or wrappers.get(key[:-2])
                 break
     layers = []
+    owned: set[Path | None] = set()
     for path, call in calls.items():
-        keys = {name: model.key(path, name) for name in call.values}
-        found = {name: key for name, key in keys.items() if key in wanted}
+        own = {name: model.key(path, name) or (*path, name) for name in call.values}
+        found = {name: first[place] for name, place in own.items() if place in first}
         shapes = {name: call.values[name].shape for name in found}
         around = beside.get(path, {})
         shapes |= {role: wanted[key].shape for role, key in around.items()}
         kind = kind_of(call.layer)
         assert kind is not None
         wrapper = wrapped.get(path)
-        layers.append(TargetLayer(path, kind, call.layer, call.x, found | around, shapes, wrapper))
-    owned = {key for layer in layers for key in layer.keys.values()}
-    for key, leaf in wanted.items():
-        if key not in owned:
-            path = key if model.key(key[:-1], key[-1]) == key else key[1:]
-            layers.append(TargetLayer(path, VARIABLE, None, None, {"": key}, {"": leaf.shape}))
+        layer = TargetLayer(path, kind, call.layer, call.x, found | around, shapes, wrapper)
+        layers += [dataclasses.replace(layer, path=place) for place in places(path, ties)]
+        for place in (*own.values(), *around.values()):
+            owned |= {place, *places(place, ties)}
+    for place, key in first.items():
+        if place not in owned:
+            path = place if model.key(key[:-1], key[-1]) == key else place[1:]
+            shape = wanted[key].shape
+            layers.append(TargetLayer(path, VARIABLE, None, None, {"": key}, {"": shape}))
     return layers
 
 
-def _noting_wrappers(run: Run, found: dict[Path, Any]) -> Run:
-    """`run`, which notes the modules that normalize kernels, by their paths."""
+def places(path: Path, ties: list[list[Path]]) -> list[Path]:
+    """Where else the module or variable at a path is, after the path itself.
+
+    Args:
+        path: the names on the way to it.
+        ties: paths of modules and variables that are the same, see `tied`.
+    """
+    # With the ties on the way, of which each is taken once: modules may hold each other.
+    taken: dict[Path, frozenset[int]] = {path: frozenset()}
+    found = [path]
+    for place in found:
+        for i, tied in enumerate(ties):
+            for one in tied:
+                if i in taken[place] or place[: len(one)] != one:
+                    continue
+                for other in tied:
+                    new = other + place[len(one) :]
+                    if new not in taken:
+                        taken[new] = taken[place] | {i}
+                        found.append(new)
+    return found
+
+
+def _noting(run: Run, wrappers: dict[Path, Any], ties: list[list[Path]]) -> Run:
+    """`run`, which notes the modules that normalize kernels, by their paths, and what is tied."""
 
     def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module: Any = context.module
         if isinstance(context.module, WRAPPERS):
-            found[tuple(module.path)] = module
+            wrappers[tuple(module.path)] = module
         return next_fun(*args, **kwargs)
 
     def noting(model: Any) -> Any:
         if isinstance(model, nnx.Module):
             for path, module in nnx.iter_modules(model):
                 if isinstance(module, WRAPPERS):
-                    found[tuple(map(str, path))] = module
+                    wrappers[tuple(map(str, path))] = module
+            ties[:] = tied(model)
             return run(model)
         with linen.intercept_methods(note):
             return run(model)
 
     return noting
+
+
+def tied(model: nnx.Module) -> list[list[Path]]:
+    """The paths of modules and variables that stand in several places.
+
+    A module that contains itself has paths without end, and is not one of these.
+    """
+    several = [[tuple(map(str, path)) for path in paths] for paths in nnx.find_duplicates(model)]
+    return [
+        paths
+        for paths in several
+        if not any(a != b and a[: len(b)] == b for a in paths for b in paths)
+    ]
 
 
 def kind_of(layer: Any) -> str | None:

@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxnorm.tools.adapter.calling import example_call
+from jaxnorm.tools.importing.arrays import as_array
 from jaxnorm.tools.importing.exporting import export_layers
 from jaxnorm.tools.importing.names import Names
 from jaxnorm.tools.importing.options import SourceOptions
 from jaxnorm.tools.importing.plan import Imported, Source, import_layers
-from jaxnorm.tools.importing.safetensors_file import load_safetensors
+from jaxnorm.tools.importing.torch_files import load_state_dict
 from jaxnorm.tools.importing.torch_layers import has_counterpart, read_layer, write_layer
 
 
@@ -38,14 +40,16 @@ def import_torch(
     Args:
         model: an `nnx.Module`, or a Linen module bound to its variables, `model.bind(variables)`,
             of the same architecture. Its layers may be ours or Flax's.
-        state_dict: arrays by PyTorch's keys, `"layer1.0.bn1.running_mean"`, or the path of a
-            `.safetensors` file.
+        state_dict: arrays by PyTorch's keys, `"layer1.0.bn1.running_mean"`, or the path of a file
+            of them: `.safetensors`, the index of several (`.safetensors.index.json`), `.npz`, or
+            `.pt`, `.pth`, `.bin` if PyTorch is installed. No code in a file is run.
         *args: the model's call, such as an example batch; only shapes are computed.
         names: by the path of a layer or of a module around layers, its name in PyTorch:
             `{"stem": "conv1", "block1": "layer1.0"}`; or a function from the one to the other. What
             is not named is called alike in both. A tuple of names fills one layer that `nn.scan` or
-            `nnx.scan` runs for several. A variable of no known layer is named itself,
-            `{"embed/embedding": "embed.weight"}`, and taken as it is.
+            `nnx.scan` runs for several. `Tied(("wte.weight", "lm_head.weight"))` names the same
+            array twice. A variable of no known layer is named itself, `{"embed/embedding":
+            "embed.weight"}`, and taken as it is.
         source: the options that PyTorch's layers had, by kind or path of the layer, where they are
             not its defaults: `{"BatchNorm": dict(epsilon=1e-3)}`, in our words (`momentum` is 1
             minus PyTorch's). `"same"` says that they are those of the model, and compares nothing.
@@ -62,11 +66,15 @@ def import_torch(
     Raises:
         TypeError: no model with variables; arrays, names or options that are none.
         ValueError: every key that was not used, every variable that was not filled, every shape
-            and every option that differs, all at once.
-        ImportError: a file, and safetensors is not installed.
+            and every option that differs, and values that no layer can have, all at once; a file
+            that holds no arrays by name, or objects that only running its code would make.
+        FileNotFoundError: no such file.
+        ImportError: a file that safetensors or PyTorch reads, which is not installed.
 
     Numerics:
-        Values are copied bit by bit, and rounded only if the model's dtype is narrower. The running
+        Values are copied bit by bit, and rounded only if the model's dtype is narrower; the report
+        says so, and how many are NaN or infinite. Refused are values that overflow the model's
+        dtype, negative counts, and variances that are negative by epsilon or more. The running
         variance is copied too, with its Bessel correction: of how many values it was is not known.
         It is right in inference; to train on alike, use our layers with `running_var="unbiased"`.
 
@@ -88,11 +96,11 @@ def import_torch(
     """
     who = "import_torch"
     if isinstance(state_dict, str | os.PathLike):
-        state_dict = load_safetensors(state_dict, who)
+        state_dict = load_state_dict(state_dict, who)
     return import_layers(
         model,
         Source("torch", arrays_of(state_dict, who), functools.partial(read_layer, who=who)),
-        lambda model: model(*args, **kwargs),
+        example_call(args, kwargs, who),
         names=names,
         source_options=source,
         channels_first=channels_first,
@@ -150,7 +158,7 @@ def export_torch(
     who = "export_torch"
     return export_layers(
         model,
-        lambda model: model(*args, **kwargs),
+        example_call(args, kwargs, who),
         knows=has_counterpart,
         write=functools.partial(write_layer, who=who),
         names=names,
@@ -168,19 +176,10 @@ def arrays_of(state_dict: Any, who: str) -> dict[str, np.ndarray]:
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             f"{who}: the state dict is {type(state_dict).__name__}, but needs arrays by name. Use "
-            f"module.state_dict(), or the path of a .safetensors file."
+            f"module.state_dict(), or the path of a file of arrays."
         )
-    arrays = {}
-    for key, leaf in state_dict.items():
-        try:
-            # Tensors that need a gradient or are on a device raise RuntimeError and TypeError.
-            arrays[key] = np.asarray(leaf)
-        except (TypeError, ValueError, RuntimeError):
-            arrays[key] = np.asarray(None)
-        if arrays[key].dtype == object or not isinstance(key, str):
-            raise TypeError(
-                f"{who}: {key!r} of the state dict is {type(leaf).__name__}, which cannot be read "
-                f"as an array. Use a .safetensors file, or {{key: tensor.detach().cpu().float()"
-                f".numpy() for key, tensor in module.state_dict().items()}}."
-            )
-    return arrays
+    fix = (
+        "a .safetensors file, or {key: tensor.detach().cpu().numpy() for key, tensor in "
+        "module.state_dict().items()}"
+    )
+    return {str(key): as_array(leaf, key, who, fix) for key, leaf in state_dict.items()}

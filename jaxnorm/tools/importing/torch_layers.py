@@ -6,11 +6,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import lax
 
+from jaxnorm.tools.importing.arrays import repeated
 from jaxnorm.tools.importing.layouts import (
+    axes_of_dense_general,
     features_first,
     features_of_norm,
+    has_axes_of,
     inputs_first,
     inputs_of_dense,
+    is_batched,
     unsaid_order,
 )
 from jaxnorm.tools.importing.plan import SourceLayer, shifted
@@ -56,14 +60,13 @@ def write_layer(
 ) -> dict[str, np.ndarray]:
     """The arrays of a layer of a model by PyTorch's keys."""
     if target.kind in NORMS:
-        return _written_norm(target, arrays)
+        return _written_norm(target, arrays, who)
     return _written_kernel(target, arrays, who) if is_kernel(target) else dict(arrays)
 
 
 def is_kernel(target: TargetLayer) -> bool:
     """Whether a layer has a kernel that PyTorch's layers have too."""
-    batched = getattr(target.layer, "batch_dims", None) or getattr(target.layer, "batch_axis", None)
-    return target.kind in KERNELS and not batched
+    return target.kind in KERNELS and not is_batched(target.layer)
 
 
 def _read_norm(target: TargetLayer, local: Mapping[str, np.ndarray]) -> SourceLayer:
@@ -72,8 +75,7 @@ def _read_norm(target: TargetLayer, local: Mapping[str, np.ndarray]) -> SourceLa
     unsaid = {unsaid_order(leaf, target, role) for role, leaf in found.items()} - {None}
     arrays = {role: features_of_norm(leaf, target, role) for role, leaf in found.items()}
     if COUNT in local:
-        count = np.asarray(local[COUNT], np.int32)
-        arrays["updates"] = np.broadcast_to(count, target.shapes.get("updates", ()))
+        arrays["updates"] = repeated(local[COUNT], target.shapes.get("updates"))
         keys["updates"] = (COUNT,)
     return SourceLayer(
         arrays, keys, droppable=frozenset({"updates"}), problems=tuple(map(str, unsaid))
@@ -99,23 +101,31 @@ class Weight(NamedTuple):
 def _weight(local: Mapping[str, np.ndarray], outputs: int) -> Weight | None:
     """The weight among the arrays of a layer, whose outputs lie along this axis."""
     for g_key, v_key in WEIGHT_NORM:
+        if g_key not in local or v_key not in local:
+            continue
+        g, v = local[g_key], local[v_key]
         # One length for each entry of the first axis, as PyTorch does by default.
-        if g_key in local and v_key in local and local[g_key].size == local[v_key].shape[0]:
-            g, v = local[g_key], local[v_key]
+        if v.ndim > 1 and g.shape == (v.shape[0], *(1 for _ in v.shape[1:])):
             wide = v.astype(np.float64)
             others = tuple(range(1, v.ndim))
             norm = np.sqrt((wide * wide).sum(others, keepdims=True))
+            with np.errstate(invalid="ignore"):  # 0 has no direction: NaN, as in PyTorch
+                whole = (g * wide / norm).astype(v.dtype)
             return Weight(
                 {"kernel": v, "kernel/scale": g},
                 {"kernel": (v_key,), "kernel/scale": (g_key,)},
-                (g * wide / norm).astype(v.dtype),
+                whole,
                 "WeightNorm",
             )
     for w_key, u_key, v_key in SPECTRAL_NORM:
-        if w_key in local and u_key in local and v_key in local:
-            w, u, v = (local[key].astype(np.float64) for key in (w_key, u_key, v_key))
-            sigma = u @ np.moveaxis(w, outputs, 0).reshape(u.size, -1) @ v
+        if not (w_key in local and u_key in local and v_key in local):
+            continue
+        w, u, v = (local[key].astype(np.float64) for key in (w_key, u_key, v_key))
+        if w.ndim > 1 and (u.shape, v.shape) == ((n := w.shape[outputs],), (w.size // n,)):
             dtype = local[w_key].dtype
+            sigma = u @ np.moveaxis(w, outputs, 0).reshape(u.size, -1) @ v
+            with np.errstate(divide="ignore", invalid="ignore"):
+                whole = (w / sigma).astype(dtype)
             return Weight(
                 {
                     "kernel": local[w_key],
@@ -127,7 +137,7 @@ def _weight(local: Mapping[str, np.ndarray], outputs: int) -> Weight | None:
                     "kernel/u": (u_key,),
                     "kernel/sigma": (u_key, v_key),
                 },
-                (w / sigma).astype(dtype),
+                whole,
                 "SpectralNorm",
             )
     if "weight" in local:
@@ -138,6 +148,8 @@ def _weight(local: Mapping[str, np.ndarray], outputs: int) -> Weight | None:
 def _read_kernel(target: TargetLayer, local: Mapping[str, np.ndarray], who: str) -> SourceLayer:
     arrays, keys, notes = {}, {}, _padding(target)
     weight = _weight(local, outputs=int(target.kind == "ConvTranspose"))
+    if weight is not None and not has_axes_of(weight.whole, target):
+        weight = None
     if weight is not None and (target.wrapper is None or not weight.method):
         arrays["kernel"] = kernel_from_torch(weight.whole, target, who)
         keys["kernel"] = tuple(key for several in weight.keys.values() for key in several)
@@ -150,10 +162,7 @@ def _read_kernel(target: TargetLayer, local: Mapping[str, np.ndarray], who: str)
         if "kernel/scale" in arrays:
             arrays["kernel/scale"] = arrays["kernel/scale"].reshape(-1)
     if "bias" in local:
-        shape = target.shapes.get("bias", ())
-        bias = local["bias"]
-        fits = target.kind == "DenseGeneral" and np.prod(shape) == bias.size
-        arrays["bias"] = bias.reshape(shape) if fits else bias
+        arrays["bias"] = axes_of_dense_general(local["bias"], target, "bias")
         keys["bias"] = ("bias",)
     return SourceLayer(arrays, keys, notes=notes)
 
@@ -169,15 +178,9 @@ def _normalizes_alike(target: TargetLayer, method: str) -> bool:
 
 
 def kernel_from_torch(w: np.ndarray, target: TargetLayer, who: str) -> np.ndarray:
-    """A weight of PyTorch in our layout; one with another number of axes as it is."""
-    shape = target.shapes.get("kernel", ())
+    """A weight of PyTorch in our layout."""
     if target.kind in ("Dense", "DenseGeneral"):
-        if w.ndim != 2:
-            return w
-        kernel = inputs_of_dense(w.T, target, who)
-        return kernel.reshape(shape) if kernel.size == np.prod(shape) else kernel
-    if w.ndim != len(shape):
-        return w
+        return axes_of_dense_general(inputs_of_dense(w.T, target, who), target, "kernel")
     window = tuple(range(2, w.ndim))
     if target.kind == "Conv":
         return w.transpose(*window, 1, 0)
@@ -203,16 +206,18 @@ def _features(target: TargetLayer) -> Any:
     return layer.features if hasattr(layer, "features") else layer.out_features
 
 
-def _written_norm(target: TargetLayer, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _written_norm(
+    target: TargetLayer, arrays: Mapping[str, np.ndarray], who: str
+) -> dict[str, np.ndarray]:
     written = {}
     for role, leaf in arrays.items():
         if role == "updates":
             # Whole in PyTorch; an average of states may hold a fraction.
-            written[COUNT] = np.asarray(np.rint(leaf.max()), np.int64)
+            written[COUNT] = np.rint(leaf.max()).astype(np.int64)
             continue
         if role == "scale" and getattr(target.layer, "zero_centered_scale", False):
             leaf = shifted(leaf, 1)
-        written[NORM_KEYS[role]] = features_first(leaf, target)
+        written[NORM_KEYS[role]] = features_first(leaf, target, who)
     return written
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxnorm.methods import BatchNorm
+from jaxnorm.tools.adapter.calling import example_call
 from jaxnorm.tools.adapter.kinds import method_of, spec_of
 from jaxnorm.tools.adapter.lookalikes import Lookalike
 from jaxnorm.tools.adapter.models import Arrays, Model, Path, fresh, model_of
@@ -177,7 +178,7 @@ def replace(model: Any, by: By, *args: Any, only: Only = None, **kwargs: Any) ->
             f"a model with a batch norm that it calls. The way back from other norms is that of "
             f"the report that brought them: replaced.restored(model)."
         )
-    calls = held.layers(lambda model: model(*args, **kwargs))
+    calls = held.layers(example_call(args, kwargs, who))
     arrays, dropped = dict(held.arrays), {}
     layers, changed, refused = {}, [], {}
     for path, layer in chosen(batch_norms, only, who).items():
