@@ -112,10 +112,15 @@ def freeze(
         else:
             left[name] = "keeps no statistics" if statistics else "has no scale and no bias"
     if not layers:
+        fix = "Freeze scale and bias with affine=True, or choose other norms: only=None is all"
+        if norms and all(isinstance(layer, Lookalike) for layer in norms.values()):
+            fix = (
+                "Freeze the parameters of such norms in the optimizer: "
+                "optax.multi_transform(transforms, norm_labels(model, x))"
+            )
         raise ValueError(
             f"{who}: statistics={statistics}, affine={affine} leave nothing to freeze in "
-            f"{_described(left)}. Freeze scale and bias with affine=True, or choose other norms: "
-            f"only=None is all."
+            f"{_described(left)}. {fix}."
         )
     return FrozenModel(known.rebuilt(known.arrays, layers), frozen, left)
 
