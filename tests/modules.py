@@ -191,6 +191,16 @@ def assert_close(found, expected, *dtypes):
     chex.assert_trees_all_close(found, expected, rtol=limit, atol=limit)
 
 
+def assert_sums_close(found, expected, *dtypes):
+    """`assert_close` for long sums, whose rounding is that of their largest terms."""
+    size = jax.tree.map(lambda leaf: np.maximum(1, np.abs(leaf).max().astype(np.float32)), expected)
+    scaled = (
+        jax.tree.map(lambda leaf, size: (leaf / size).astype(leaf.dtype), tree, size)
+        for tree in (found, expected)
+    )
+    assert_close(*scaled, *dtypes)
+
+
 # Uses of Linen: each builds a model without options of the call, and is trained for a step.
 
 NORMAL = jax.nn.initializers.normal(1.0)

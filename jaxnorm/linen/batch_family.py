@@ -36,15 +36,15 @@ class BatchRenorm(methods.BatchRenorm, _BeyondBatchNorm):
         >>> import jax, jax.numpy as jnp
         >>> from jaxnorm import linen as jnn
         >>> layer = jnn.BatchRenorm(rmax=3.0, dmax=5.0)
-        >>> x = jnp.array([[0.0], [1.0]])
+        >>> x = jnp.array([[1.0], [2.0]])
         >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
         >>> y, updated = layer.apply(
         ...     variables, x, use_running_average=False, mutable=["batch_stats"]
         ... )
         >>> y.round(3).tolist(), int(updated["batch_stats"]["step"])
-        ([[0.0], [1.0]], 1)
+        ([[1.0], [2.0]], 1)
         >>> layer.apply(variables, x, use_running_average=True).round(3).tolist()
-        [[0.0], [1.0]]
+        [[1.0], [2.0]]
     """
 
 

@@ -93,11 +93,11 @@ def batch_renorm(
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
-        >>> x = jnp.array([[1.0], [3.0]])
-        >>> running = jaxnorm.Stats(mean=jnp.array([1.0]), var=jnp.array([4.0]))
+        >>> x = jnp.array([[4.0], [8.0]])
+        >>> running = jaxnorm.Stats(mean=jnp.zeros(1), var=jnp.array([4.0]))
         >>> y, _ = jaxnorm.batch_renorm(x, running, rmax=3.0, dmax=5.0)
         >>> y.round(3).tolist(), jaxnorm.batch_norm_inference(x, running).round(3).tolist()
-        ([[0.0], [1.0]], [[0.0], [1.0]])
+        ([[2.0], [4.0]], [[2.0], [4.0]])
 
     Source:
         Ioffe 2017 (arXiv:1702.03275), Algorithm 1.

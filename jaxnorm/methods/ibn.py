@@ -97,13 +97,13 @@ def ibn_a(
     options: dict[str, Any] = dict(axis=axis, epsilon=epsilon, dtype=dtype, who=who)
     mapped: dict[str, Any] = dict(axis_name=axis_name, axis_index_groups=axis_index_groups)
 
-    def by_part(*arrays: jax.Array | None) -> tuple[jax.Array, Moments]:
+    def by_part(shift: ArrayLike | None, *arrays: jax.Array | None) -> tuple[jax.Array, Moments]:
         first, others = _parts(arrays, axis, size)
         by_instance, _ = instance_norm(**first, batch_axis=batch_axis, **options)
         by_batch, batch = batch_norm(**others, shift=shift, **options, **mapped)
         return jnp.concatenate([by_instance, by_batch], axis), batch
 
-    return placed_by_compiler(by_part, arrays[0], axis, result="both")(*arrays)
+    return placed_by_compiler(by_part, arrays[0], axis, result="both")(shift, *arrays)
 
 
 def ibn_a_inference(

@@ -21,9 +21,9 @@ class BatchRenorm(methods.BatchRenorm, RunningStatsShell):
         >>> from flax import nnx
         >>> import jaxnorm
         >>> layer = jaxnorm.nnx.BatchRenorm(1, rmax=3.0, dmax=5.0, rngs=nnx.Rngs(0))
-        >>> x = jnp.array([[0.0], [1.0]])
+        >>> x = jnp.array([[1.0], [2.0]])
         >>> layer(x).round(3).tolist(), int(layer.step[...])
-        ([[0.0], [1.0]], 1)
+        ([[1.0], [2.0]], 1)
     """
 
     _promotes = ("mean", "var", "scale", "bias")
