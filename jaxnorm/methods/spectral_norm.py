@@ -216,8 +216,10 @@ class SpectralNorm(WeightSpec):
         the stored sigma. For this to be right before any training, `u` and `sigma` are brought up
         to date when the variables are created; Flax's are not, so a checkpoint of a model that it
         never trained needs one call with `update_stats=True`. A weight keeps its dtype when it is
-        stored. `n_steps` below 1 is refused where Flax leaves weights alone. In NNX, a call changes
-        no stored weight, and `u` has made one step more than Flax's at the first call.
+        stored. A weight of zeros leaves `u` as it was and is normalized once it has moved, such as
+        a bias with two axes in attention; Flax's `u` becomes 0, and such a weight is never
+        normalized. `n_steps` below 1 is refused where Flax leaves weights alone. In NNX, a call
+        changes no stored weight, and `u` has made one step more than Flax's at the first call.
     """
 
     n_steps: int = 1
