@@ -24,7 +24,7 @@ from typing import Literal
 import jax
 import numpy as np
 from parts.accuracies import BY_LAYER, SOURCE, TOGETHER, Accuracies, label, picture_of, table_of
-from parts.command import UsageError, check_least, check_picture, run, write_picture
+from parts.command import check_least, check_picture, check_seeds, run, write_picture
 from parts.convnet import Network, predict, train
 from parts.domains import Domain, load_domains
 from rich.console import Console
@@ -55,8 +55,7 @@ class Options:
     def check(self) -> None:
         """Refuses impossible options before any time goes into training."""
         check_least(self, steps=1, batch_size=1)
-        if not self.seeds:
-            raise UsageError("--seeds needs one seed or more")
+        check_seeds(self.seeds)
         check_picture(self.out)
 
     @property

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,14 @@ def check_positive(options: Any, *names: str) -> None:
         if not (math.isfinite(value) and value > 0):
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} must be a positive number, not {value}")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuses seeds that are none, or that count twice."""
+    if not seeds or min(seeds) < 0:
+        raise UsageError(f"--seeds must be numbers from 0 on, not {seeds}")
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds must differ, else they count twice, not {seeds}")
 
 
 def check_picture(path: Path) -> None:

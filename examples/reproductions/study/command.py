@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from study.examples import Choice, UsageError, check_picture
+from study.examples import Choice, UsageError, check_picture, check_seeds
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,7 @@ class StudyOptions(PageOptions):
     def check(self) -> None:
         """Refuses impossible options before any time goes into training."""
         super().check()
-        if not self.seeds or min(self.seeds) < 0:
-            raise UsageError(f"--seeds must be numbers from 0 on, not {self.seeds}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise UsageError(f"--seeds must differ, else they count twice, not {self.seeds}")
+        check_seeds(self.seeds)
 
     @property
     def used_seeds(self) -> tuple[int, ...]:

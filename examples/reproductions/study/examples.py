@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from batch_norm_digits import SigmoidNetwork, eval_step
-from parts.command import UsageError, check_picture, run, write_picture
+from parts.command import UsageError, check_picture, check_seeds, run, write_picture
 from parts.digits import CLASSES, Choice, Dataset, draw_batches, load_dataset
 from parts.domains import Domain, load_domains
 from parts.figure_1 import PERCENTILES, History
@@ -21,6 +21,7 @@ __all__ = [
     "SigmoidNetwork",
     "UsageError",
     "check_picture",
+    "check_seeds",
     "draw_batches",
     "eval_step",
     "load_dataset",
