@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from scripts import script
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -9,6 +10,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Scripts that write down what other frameworks return, and need these.
 collect_ignore_glob = ["record_*.py"]
+
+
+@pytest.fixture
+def example(request):
+    """The script that a file is about: `whitening` in `test_example_whitening.py`."""
+    return script(request.path.stem.removeprefix("test_example_"))
 
 
 @pytest.fixture

@@ -3,6 +3,9 @@
 What a reproduction measures by itself is tested in `test_example_NAME.py`.
 """
 
+import subprocess
+import sys
+
 import flax.linen
 import jax
 import pytest
@@ -11,8 +14,21 @@ from quick_runs import quick_run
 from refused_options import OF_ALL, OF_ONE
 from scripts import REPRODUCTIONS, SCRIPTS, script
 
-ALONE = {"transformer_memory"}
-"""Its quick form compiles for TPUs, in `test_example_transformer_memory.py`."""
+LONG = {
+    "adabn_digits",
+    "batch_size",
+    "before_or_after",
+    "population_statistics",
+    "weight_norms",
+    "where_the_benefit_comes_from",
+}
+"""Scripts that compile many networks: `-m slow`, of which `.ci/run` takes all quick runs."""
+
+QUICK = [
+    pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
+    for name in SCRIPTS
+    if name != "transformer_memory"  # which compiles for TPUs, and has this test in its own file
+]
 
 
 @pytest.fixture
@@ -59,22 +75,32 @@ def test_impossible_options_are_refused(name, no_pod, monkeypatch):
             begin(example, options)
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ALONE])
+@pytest.mark.parametrize("name", QUICK)
 @pytest.mark.usefixtures("quick_compile", "no_pod")
-def test_the_quick_form_runs(name, tmp_path, capsys):
+def test_a_quick_run(name, tmp_path, capsys):
     getattr(quick_runs, name)(*quick_run(name, tmp_path))
     printed = " ".join(capsys.readouterr().out.split())
     assert all(text in printed for text in quick_runs.PRINTED.get(name, ())), printed
 
 
+def test_what_is_wrong_is_told_in_one_line(monkeypatch, capsys):
+    example = script("batch_norm_digits")
+    monkeypatch.setattr("sys.argv", ["batch_norm_digits.py", "--steps", "0"])
+    with pytest.raises(SystemExit) as ended:
+        script("parts.command").run(example.main, example.Options)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --steps must be at least 1, not 0\n"
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
-def test_adapting_helps_on_shifted_digits(tmp_path):
-    """With as many steps as a quick run makes."""
-    _, directions = quick_run("adabn_digits", tmp_path, steps=80)
-    for found in directions.values():
-        for adapted in ("AdaBN, together", "AdaBN, layer by layer"):
-            assert found[adapted][0] > found["source only"][0] + 0.2
+@pytest.mark.usefixtures("no_pod")
+def test_a_quick_run_from_the_command_line():
+    """With two processes beside the other ways, as with devices that are not those of the tests."""
+    command = [sys.executable, SCRIPTS["batch_norm_devices"], "--quick", "--devices", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all agree with one device, to rounding" in done.stdout
+    assert "def by_processes(task: Task)" in done.stdout
 
 
 @pytest.mark.slow

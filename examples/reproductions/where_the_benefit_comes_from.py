@@ -96,7 +96,7 @@ class Options(StudyOptions):
     """Train a deep network without batch norm, with it, and with noise after it."""
 
     depth: int = 8
-    """Hidden layers; a quick run has two."""
+    """Hidden layers; a quick run has one."""
 
     steps: int = 400
     """Steps of stochastic gradient descent, without momentum."""
@@ -116,7 +116,7 @@ class Options(StudyOptions):
     @property
     def used(self) -> "Options":
         """These, or smaller ones for a quick run."""
-        return replace(self, depth=2, steps=20, every=10) if self.quick else self
+        return replace(self, depth=1, steps=20, every=10) if self.quick else self
 
     def check(self) -> None:
         """Refuses impossible options before any time goes into training."""
