@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def digits(example):
     return example.images_of("digits", train=128, test=128)
 
 
 @pytest.mark.usefixtures("quick_compile")
 def test_batches_are_adapted_to_one_by_one_and_all_at_once(example, digits):
-    state = example.trained(digits.train_images, digits.train_labels, seed=0, steps=2)
+    network, optimizer = example.recipe(2)
+    state = example.create_state(network, 0, digits.train_images, optimizer)
     batches = example.split(digits.test_images, 50)
     assert batches.shape == (2, 50, 8, 8, 1)  # what fills no batch is left out
     logits = example.adapter(state, digits.test_images, 16)(batches)
