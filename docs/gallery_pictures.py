@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
 from batch_norm_digits_nnx import Network, Options, train_step  # noqa: E402
-from digits import draw_batches, load_small_digits  # noqa: E402
+from parts.digits import draw_batches, load_small_digits  # noqa: E402
 
 INK, RIGHT, WRONG = "#222222", "#0072b2", "#d55e00"
 ROWS, COLUMNS = 4, 7

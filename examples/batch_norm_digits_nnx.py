@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
-from digits import CLASSES, draw_batches, load_small_digits
 from flax import nnx
+from parts.command import check_least, check_positive, run
+from parts.digits import CLASSES, draw_batches, load_small_digits
 from rich.console import Console
 from rich.progress import track
 
@@ -26,15 +26,17 @@ class Options:
 
     seed: int = 0
     """Seed of the weights, the batches and the split of the data."""
-
     steps: int = 300
     """Training steps."""
-
     learning_rate: float = 0.5
     """Rate of plain gradient descent."""
-
     width: int = 100
     """Units in each of the two hidden layers."""
+
+    def check(self) -> None:
+        """Refuses impossible options before any time goes into training."""
+        check_least(self, seed=0, steps=1, width=1)
+        check_positive(self, "learning_rate")
 
 
 class Network(nnx.Module):
@@ -95,4 +97,4 @@ def main(options: Options) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run(main, Options)

@@ -13,7 +13,6 @@ machine is slower at one moment than at another, and the median is shown.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
-from digits import CLASSES, UsageError, draw_batches, load_small_digits
 from flax import linen as nn
+from parts.command import check_least, run
+from parts.digits import CLASSES, Dataset, draw_batches, load_small_digits
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -41,30 +40,30 @@ class Options:
 
     seed: int = 0
     """Seed of the weights, the batches and the split of the data."""
-
     steps: int = 400
     """Training steps."""
-
     width: int = 32
     """Channels of the network."""
-
     blocks: int = 3
     """Residual blocks, each with two convolutions."""
-
     rounds: int = 40
     """How often each of the two models is timed."""
-
     quick: bool = False
     """A short run, enough to see that everything works."""
 
+    def check(self) -> None:
+        """Refuses impossible options before any time goes into training."""
+        check_least(self, seed=0, steps=1, width=1, blocks=1, rounds=1)
 
-class Comparison(NamedTuple):
-    """What was measured, before and after folding: accuracies, milliseconds, and roots taken."""
 
-    accuracy: tuple[float, float]
-    milliseconds: tuple[float, float]
-    roots: tuple[int, int]  # in the compiled programs
-    changed_answers: int
+class Measured(NamedTuple):
+    """What was measured of a model."""
+
+    answers: np.ndarray
+    accuracy: float
+    roots: int  # in the compiled program
+    call: Callable[[], Any]
+    seconds: list[float]
 
 
 class Network(nn.Module):
@@ -99,22 +98,28 @@ def train_step(model: Network, variables: Any, images: jax.Array, labels: jax.Ar
     return {"params": params, **updates}
 
 
-def seconds_in_turns(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
-    """The median seconds of each call."""
-    seconds: list[list[float]] = [[] for _ in calls]
+def measure(models: list[tuple[nn.Module, Any]], data: Dataset, rounds: int) -> list[Measured]:
+    """Each model on the test images in one batch, timed in turns."""
+    images = jnp.asarray(data.test_images)
+    found = []
+    for model, variables in models:
+        program = jax.jit(model.apply).lower(variables, images).compile()
+        call = partial(program, variables, images)
+        answers = np.asarray(call()).argmax(-1)
+        roots = (program.as_text() or "").count(" rsqrt(")
+        found.append(
+            Measured(answers, float((answers == data.test_labels).mean()), roots, call, [])
+        )
     for _ in range(rounds):
-        for call, taken in zip(calls, seconds, strict=True):
+        for one in found:
             start = time.perf_counter()
-            jax.block_until_ready(call())
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in seconds]
+            jax.block_until_ready(one.call())
+            one.seconds.append(time.perf_counter() - start)
+    return found
 
 
-def main(options: Options) -> Comparison:
+def main(options: Options) -> list[Measured]:
     """Trains, folds, compares, and prints a table."""
-    for name in ("steps", "width", "blocks", "rounds"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, not {getattr(options, name)}")
     steps, rounds = (150, 5) if options.quick else (options.steps, options.rounds)
     data = load_small_digits(options.seed)
     model = Network(options.width, options.blocks)
@@ -123,53 +128,22 @@ def main(options: Options) -> Comparison:
     for batch in track(batches, description="training", transient=True):
         variables = train_step(model, variables, data.train_images[batch], data.train_labels[batch])
 
-    console = Console()
     folded = fold(model.bind(variables), data.train_images[:16], train=False)
-    console.print(str(folded), highlight=False)
-
-    images = jnp.asarray(data.test_images)
-    logits, calls, roots = [], [], []
-    for module, values in ((model, variables), folded.model.unbind()):
-        compiled = jax.jit(module.apply).lower(values, images).compile()
-        logits.append(np.asarray(compiled(values, images)))
-        calls.append(partial(compiled, values, images))
-        roots.append((compiled.as_text() or "").count(" rsqrt("))
-    answers = [values.argmax(-1) for values in logits]
-    before, after = seconds_in_turns(calls, rounds)
-    accuracies = [float((found == data.test_labels).mean()) for found in answers]
-    result = Comparison(
-        accuracy=(accuracies[0], accuracies[1]),
-        milliseconds=(1e3 * before, 1e3 * after),
-        roots=(roots[0], roots[1]),
-        changed_answers=int((answers[0] != answers[1]).sum()),
-    )
-    console.print(make_table(result, len(images)))
-    return result
+    found = measure([(model, variables), folded.model.unbind()], data, rounds)
+    Console().print(str(folded), table_of(*found), sep="\n", highlight=False)
+    return found
 
 
-def make_table(result: Comparison, images: int) -> Table:
+def table_of(before: Measured, after: Measured) -> Table:
     """Both models, a row each."""
-    device = jax.devices()[0].device_kind
-    table = Table(
-        caption=f"{images} test images in one batch on {device}; {result.changed_answers} of the "
-        f"answers differ. Medians of calls in turns."
-    )
-    table.add_column("model")
-    for heading in ("accuracy", "roots taken", "ms a batch"):
-        table.add_column(heading, justify="right")
-    for i, name in enumerate(("with batch norm", "folded")):
-        table.add_row(
-            name,
-            f"{result.accuracy[i]:.3f}",
-            str(result.roots[i]),
-            f"{result.milliseconds[i]:.2f}",
-        )
+    changed = int((before.answers != after.answers).sum())
+    table = Table("model", "accuracy", "roots taken", "ms a batch")
+    table.caption = f"{changed} of {len(before.answers)} answers differ. Medians of calls in turns."
+    for name, one in (("with batch norm", before), ("folded", after)):
+        milliseconds = 1e3 * statistics.median(one.seconds)
+        table.add_row(name, f"{one.accuracy:.3f}", str(one.roots), f"{milliseconds:.2f}")
     return table
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UsageError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(2)
+    run(main, Options)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from scripts import script
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -57,6 +58,12 @@ def covering_part(cases):
         used.update(cases[best])
         missing -= cases[best]
     return taken
+
+
+@pytest.fixture
+def example(request):
+    """The script that a file is about: `whitening` in `test_example_whitening.py`."""
+    return script(request.path.stem.removeprefix("test_example_"))
 
 
 @pytest.fixture

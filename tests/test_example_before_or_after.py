@@ -1,64 +1,10 @@
-"""Batch norm before or after the activation: the quick form, and the measuring."""
+"""Distances from a Gaussian, and what goes into the norms."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib import image
 from scipy import stats
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-@pytest.fixture(scope="module")
-def example():
-    sys.path.insert(0, str(EXAMPLES))
-    import before_or_after
-
-    yield before_or_after
-    sys.path.remove(str(EXAMPLES))
-
-
-@pytest.mark.usefixtures("quick_compile")
-def test_the_quick_form_runs(example, tmp_path):
-    picture = tmp_path / "picture.png"
-    report = example.main(example.Options(quick=True, data="digits", out=picture))
-    assert [(row[0], row[1]) for row in report.rows] == [
-        (activation, place)
-        for activation in ("sigmoid", "tanh", "ReLU")
-        for place in ("without", "before", "after")
-    ]
-    for _, place, _, _, end, distance, change, highest in report.rows:
-        if place == "without":
-            assert distance == change == ""
-        else:
-            assert float(end) > 0.9
-            assert 0 < float(change) < 1
-            assert highest == "0.3"
-    distances = {(row[0], row[1]): row[5] for row in report.rows}
-    assert float(distances["ReLU", "after"]) > 2 * float(distances["ReLU", "before"])
-    assert [one.held for one in report.findings] == [None] * 12  # one seed cannot tell
-    pixels = image.imread(picture)
-    assert pixels.shape[1] > 800
-    assert len(np.unique(pixels.reshape(-1, 4), axis=0)) > 50
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rates": ()}, "--rates must be positive numbers"),
-        ({"rates": (0.0,)}, "--rates must be positive numbers"),
-        ({"steps": 25}, "--steps must be 50 or more"),
-        ({"steps": 110}, "--steps must be 50 or more, by 25, not 110"),
-        ({"layers": 0}, "--layers must be at least 1"),
-        ({"batch_size": 1}, "--batch-size must be at least 2"),
-    ],
-)
-def test_impossible_options_are_refused(example, change, message):
-    with pytest.raises(example.UsageError, match=message):
-        example.Options(**{"data": "digits", **change}).check()
 
 
 def test_distances_from_a_gaussian(example):

@@ -1,50 +1,18 @@
-"""The reproduction of adapting to corrupted digits, quick, on data that need no files."""
-
-import sys
-from pathlib import Path
+"""Corruptions by hand, and adapting to batches one by one."""
 
 import numpy as np
 import pytest
-from matplotlib import image
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture(scope="module")
-def example():
-    sys.path.insert(0, str(EXAMPLES))
-    import corrupted_digits
-
-    yield corrupted_digits
-    sys.path.remove(str(EXAMPLES))
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def digits(example):
     return example.images_of("digits", train=128, test=128)
 
 
 @pytest.mark.usefixtures("quick_compile")
-def test_adabn_helps_against_brightness(example, tmp_path):
-    out = tmp_path / "picture.png"
-    options = example.Options(quick=True, data="digits", target_images=256, out=out)
-    report = example.main(options)
-    rows = {
-        row[0]: dict(zip(report.headings[1:], map(float, row[1:]), strict=True))
-        for row in report.rows
-    }
-    assert len(rows) == 8
-    assert rows["AdaBN"]["bright"] < rows["as trained"]["bright"] - 20
-    assert rows["as trained"]["clean"] < 30
-    assert all(finding.held is None for finding in report.findings)  # a single seed tells nothing
-    pixels = image.imread(out)
-    assert pixels.shape[1] > 1000
-    assert len(np.unique(pixels.reshape(-1, 4), axis=0)) > 50
-
-
-@pytest.mark.usefixtures("quick_compile")
 def test_batches_are_adapted_to_one_by_one_and_all_at_once(example, digits):
-    state = example.trained(digits.train_images, digits.train_labels, seed=0, steps=2)
+    network, optimizer = example.recipe(2)
+    state = example.create_state(network, 0, digits.train_images, optimizer)
     batches = example.split(digits.test_images, 50)
     assert batches.shape == (2, 50, 8, 8, 1)  # what fills no batch is left out
     logits = example.adapter(state, digits.test_images, 16)(batches)
@@ -81,23 +49,3 @@ def test_corruptions_by_hand(example):
     smeared = example.CORRUPTIONS["motion"](images, 3, np.random.default_rng(0))
     np.testing.assert_allclose([smeared.sum(), smeared.max()], [1, 0.25], atol=1e-6)
     assert np.count_nonzero(smeared.sum((0, 2, 3))) == 1  # along its row alone
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"steps": 0}, "--steps and --passes must be at least 1"),
-        ({"tent_rate": 0.0}, "--tent-rate positive"),
-        ({"train_images": 10}, "must be at least 64"),
-        ({"seeds": (0, 0)}, "--seeds must differ"),
-    ],
-)
-def test_impossible_options_are_refused(example, change, message):
-    with pytest.raises(example.UsageError, match=message):
-        example.main(example.Options(**{"data": "digits", "quick": True, **change}))
-
-
-def test_foreign_digits_need_files(example, monkeypatch):
-    monkeypatch.delenv("JAXNORM_DATA", raising=False)
-    with pytest.raises(example.UsageError, match="JAXNORM_DATA"):
-        example.main(example.Options(data="digits", quick=True, foreign=True))

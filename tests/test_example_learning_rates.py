@@ -1,56 +1,7 @@
-"""High rates and bad initial weights: the quick form, and the measuring."""
-
-import sys
-from pathlib import Path
+"""Deviations by the formula, rates and scales, and what is read off curves."""
 
 import numpy as np
 import pytest
-from matplotlib import image
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-@pytest.fixture(scope="module")
-def example():
-    sys.path.insert(0, str(EXAMPLES))
-    import learning_rates
-
-    yield learning_rates
-    sys.path.remove(str(EXAMPLES))
-
-
-@pytest.mark.usefixtures("quick_compile")
-def test_the_quick_form_runs(example, tmp_path):
-    picture = tmp_path / "picture.png"
-    report = example.main(example.Options(quick=True, data="digits", out=picture))
-    # Two rates, two scales, three factors; a column for each of four networks.
-    assert [len(row) for row in report.rows] == [5] * (2 + 2 + 3)
-    assert report.rows[0][0] == "rate 0.1"
-    assert report.rows[-1][0] == "30 x the best rate without batch norm"
-    assert len(report.findings) == 1 + 2 * 5
-    assert report.findings[0].held
-    assert [one.held for one in report.findings[1:]] == [None] * 10  # one seed cannot tell
-    assert float(report.rows[0][4]) > 0.9  # ReLU with batch norm has learnt
-    pixels = image.imread(picture)
-    assert pixels.shape[1] > 800
-    assert len(np.unique(pixels.reshape(-1, 4), axis=0)) > 50
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rates": ()}, "--rates must be positive numbers"),
-        ({"rates": (0.1, -1.0)}, "--rates must be positive numbers"),
-        ({"scales": (float("inf"),)}, "--scales must be positive numbers"),
-        ({"steps": 90}, "--steps must be a multiple of 25, not 90"),
-        ({"steps": 0}, "--steps must be a multiple of 25, not 0"),
-        ({"batch_size": 1}, "--batch-size must be at least 2"),
-        ({"seeds": ()}, "--seeds must be numbers"),
-    ],
-)
-def test_impossible_options_are_refused(example, change, message):
-    with pytest.raises(example.UsageError, match=message):
-        example.Options(**{"data": "digits", **change}).check()
 
 
 def float64_layer(weights, inputs, flowing, epsilon):

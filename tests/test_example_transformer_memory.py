@@ -1,29 +1,16 @@
 """How large a transformer fits a TPU: the quick form, the search, and what is read off refusals."""
 
 import importlib.util
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from matplotlib import image
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
+import quick_runs
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="compiling for TPUs needs libtpu: pip install 'jax[tpu]'",
 )
-
-
-@pytest.fixture(scope="module")
-def example():
-    sys.path.insert(0, str(EXAMPLES))
-    import transformer_memory
-
-    yield transformer_memory
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture
@@ -40,15 +27,8 @@ def without_a_tpu(monkeypatch):
 
 @needs_libtpu
 @pytest.mark.usefixtures("without_a_tpu")
-def test_quick_run(example, tmp_path):
-    picture = tmp_path / "picture.png"
-    report = example.main(example.Options(quick=True, out=picture))
-    flax, ours = report.rows
-    assert [flax[0], ours[0]] == ["LayerNorm, Flax", "LayerNorm, jaxnorm"]
-    assert int(ours[1]) > int(flax[1]) > 0
-    assert float(ours[2]) < float(flax[2])
-    assert flax[1] in " ".join(report.notes)
-    assert len(np.unique(image.imread(picture).reshape(-1, 4), axis=0)) > 50
+def test_a_quick_run(tmp_path):
+    quick_runs.transformer_memory(*quick_runs.quick_run("transformer_memory", tmp_path))
 
 
 @needs_libtpu
@@ -117,21 +97,6 @@ def test_a_refusal_counts_the_state_once(example, message, memory):
 def test_other_failures_are_not_taken_for_refusals(example, message):
     with pytest.raises(RuntimeError, match=r"not for want of memory.*" + message[-8:]):
         example.refused(message, STATE)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"norms": ()}, "--norms needs LayerNorm"),
-        ({"width": 100}, "--width must be a multiple of 128"),
-        ({"length": 0}, "--sequences and --length must be at least 1"),
-        ({"quick": True, "record": True}, "--record keeps full results"),
-        ({"out": Path("picture.txt")}, "--out must end in"),
-    ],
-)
-def test_impossible_options_are_refused(example, change, message):
-    with pytest.raises(example.UsageError, match=message):
-        example.main(example.Options(**change))
 
 
 def test_without_the_compiler_the_way_out_is_named(example, monkeypatch):

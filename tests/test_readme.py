@@ -34,9 +34,15 @@ def test_code_runs(block):
 
 DOCS = REPOSITORY / "docs"
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if blocks_of(page.read_text())]
+OF_SITE = [page for page in PAGES if page.read_text().startswith("---\nfile_format: mystnb\n")]
+"""Pages that are executed when the site is built, which `.ci/run` does, and not here again."""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page not in OF_SITE],
+    ids=lambda page: str(page.relative_to(DOCS)),
+)
 def test_code_of_a_page_runs(page, monkeypatch):
     """From top to bottom, in the root of the repository: a block goes on from those before."""
     monkeypatch.chdir(REPOSITORY)
@@ -118,8 +124,10 @@ def test_executed_pages_execute_all_their_code():
     """A page that the site executes has its code in cells, lest a reader misses a part of it."""
     for page in PAGES:
         text = page.read_text()
-        if "```{code-cell}" in text:
-            assert text.startswith("---\nfile_format: mystnb\n"), page
+        assert ("```{code-cell}" in text) == (page in OF_SITE), page
+        assert page not in OF_SITE or "\n```python\n" not in text, page
+    assert '\nnb_execution_mode = "cache"\n' in (DOCS / "conf.py").read_text()
+    assert "-m sphinx -W " in (REPOSITORY / ".ci" / "run").read_text()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/devices.md", "docs/kernels.md"])

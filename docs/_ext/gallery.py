@@ -1,4 +1,4 @@
-"""The gallery: a card for each script in examples that can be run.
+"""The gallery: a card for each script in examples and examples/reproductions.
 
 The title is the first line of the script's docstring. The picture is the recorded one of its page
 in docs/reproductions, or docs/images/NAME.png or .svg; a script without one fails the build. A
@@ -15,6 +15,7 @@ from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+FOLDERS = ("examples", "examples/reproductions")
 
 PAGES = {
     "adabn_digits": "tools/adapt",
@@ -32,28 +33,23 @@ class Example(NamedTuple):
     """A card.
 
     Attributes:
-        name: of the script, without `.py`.
+        script: its file, from the root of the repository.
         title: what comes before the colon in its docstring's first line.
         text: what comes after it, or "".
         picture: its file, or None if there is none.
         page: where to read on, without `.md`, or None.
     """
 
-    name: str
+    script: Path
     title: str
     text: str
     picture: Path | None
     page: str | None
 
 
-def examples(folder: Path = ROOT / "examples") -> list[Example]:
-    """All scripts that can be run, by name."""
-    return [_example(path) for path in sorted(folder.glob("*.py")) if is_runnable(path)]
-
-
-def is_runnable(path: Path) -> bool:
-    """Whether a file is a script, and not a part of one."""
-    return 'if __name__ == "__main__"' in path.read_text()
+def examples() -> list[Example]:
+    """All scripts, what to run first before the reproductions."""
+    return [_example(path) for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 
 
 def _example(path: Path) -> Example:
@@ -61,7 +57,8 @@ def _example(path: Path) -> Example:
     title, _, text = about.splitlines()[0].rstrip(".").partition(": ")
     own = DOCS / "reproductions" / f"{path.stem}.md"
     page = f"reproductions/{path.stem}" if own.exists() else PAGES.get(path.stem)
-    return Example(path.stem, title, text[:1].upper() + text[1:], _picture(path.stem), page)
+    script, text = path.relative_to(ROOT), text[:1].upper() + text[1:]
+    return Example(script, title, text, _picture(path.stem), page)
 
 
 def _picture(name: str) -> Path | None:
@@ -78,27 +75,28 @@ class Gallery(SphinxDirective):
         """The grid."""
         found = examples()
         for example in found:
-            self.env.note_dependency(str(ROOT / "examples" / f"{example.name}.py"))
+            self.env.note_dependency(str(ROOT / example.script))
             if example.picture is None:
+                name = f"{example.script.stem}.png"
                 raise self.error(
-                    f"examples/{example.name}.py has no picture: docs/images/{example.name}.png, "
-                    f"or docs/reproductions/{example.name}.png with its recorded result"
+                    f"{example.script} has no picture: docs/images/{name}, "
+                    f"or docs/reproductions/{name} with its recorded result"
                 )
         cards = "\n\n".join(_card(one, one.picture) for one in found if one.picture)
         return self.parse_text_to_nodes(f":::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{cards}\n\n:::::")
 
 
 def _card(example: Example, picture: Path) -> str:
-    script = f"../examples/{example.name}.py"
+    name = example.script.name
     lines = [
         f"::::{{grid-item-card}} {example.title}",
         f":img-top: {picture.relative_to(DOCS).as_posix()}",
-        f":img-alt: picture of {example.name}.py",
+        f":img-alt: picture of {name}",
         *([f":link: {example.page}", ":link-type: doc"] if example.page else []),
         "",
         example.text,
         "",
-        f"`{example.name}.py`" if example.page else f"[`{example.name}.py`]({script})",
+        f"`{name}`" if example.page else f"[`{name}`](../{example.script})",
         "::::",
     ]
     return "\n".join(lines)

@@ -21,9 +21,9 @@ are averaged, and dependent batches hold two images of each of 16 classes.
 
 How to run:
 
-    python examples/batch_size.py
-    python examples/batch_size.py --quick
-    JAXNORM_DATA=folder/with/mnist_npz python examples/batch_size.py --train-images 10000
+    python examples/reproductions/batch_size.py
+    python examples/reproductions/batch_size.py --quick
+    JAXNORM_DATA=npz/folder python examples/reproductions/batch_size.py --train-images 10000
 """
 
 from collections.abc import Callable
@@ -34,21 +34,23 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-from digits import CLASSES, UsageError, draw_batches
 from flax import linen as nn
 from matplotlib.figure import Figure
 from study import (
+    CLASSES,
     COLORS,
     Finding,
     Images,
     Report,
     Spread,
     StudyOptions,
+    UsageError,
     accuracy_of,
     band,
     compare,
     conclude,
     create_state,
+    draw_batches,
     each,
     figure_of,
     images_of,

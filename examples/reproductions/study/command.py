@@ -1,16 +1,9 @@
-"""The command line of a reproduction."""
+"""The options of a reproduction."""
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import tyro
-from digits import Choice, UsageError
-from rich.console import Console
-
-PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
+from study.examples import Choice, UsageError, check_picture, check_seeds
 
 
 @dataclass(frozen=True)
@@ -30,12 +23,8 @@ class PageOptions:
         """Refuses impossible options before any time goes into work."""
         if self.record and self.quick:
             raise UsageError("--record keeps full results; leave --quick out")
-        if self.out is None:
-            return
-        if self.out.suffix.lower() not in PICTURE_SUFFIXES:
-            raise UsageError(f"--out must end in {', '.join(PICTURE_SUFFIXES)}, not {self.out}")
-        if not self.out.parent.is_dir():
-            raise UsageError(f"--out: there is no folder {self.out.parent}")
+        if self.out is not None:
+            check_picture(self.out)
 
 
 @dataclass(frozen=True)
@@ -51,23 +40,9 @@ class StudyOptions(PageOptions):
     def check(self) -> None:
         """Refuses impossible options before any time goes into training."""
         super().check()
-        if not self.seeds or min(self.seeds) < 0:
-            raise UsageError(f"--seeds must be numbers from 0 on, not {self.seeds}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise UsageError(f"--seeds must differ, else they count twice, not {self.seeds}")
+        check_seeds(self.seeds)
 
     @property
     def used_seeds(self) -> tuple[int, ...]:
         """The first of the seeds alone in a quick run."""
         return self.seeds[:1] if self.quick else self.seeds
-
-
-def run(main: Callable[[Any], Any], options: type[PageOptions]) -> None:
-    """Reads the options, and says in one line what the caller can put right."""
-    try:
-        chosen = tyro.cli(options)
-        chosen.check()
-        main(chosen)
-    except UsageError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(2)

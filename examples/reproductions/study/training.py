@@ -71,7 +71,7 @@ def train(
         state: as `create_state` makes it.
         images: all training images.
         labels: theirs.
-        batches: [steps, batch size], as `digits.draw_batches` makes them.
+        batches: [steps, batch size], as `parts.digits.draw_batches` makes them.
         after_step: is called with the number of steps made so far, from 1 on, and the state.
 
     Returns:

@@ -23,9 +23,9 @@ means here, as in Flax, that much of the old is kept.
 
 How to run:
 
-    python examples/population_statistics.py
-    python examples/population_statistics.py --quick
-    JAXNORM_DATA=folder/with/mnist_npz python examples/population_statistics.py --steps 600
+    python examples/reproductions/population_statistics.py
+    python examples/reproductions/population_statistics.py --quick
+    JAXNORM_DATA=npz/folder python examples/reproductions/population_statistics.py --steps 600
 """
 
 from collections.abc import Sequence
@@ -37,22 +37,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import CLASSES, UsageError, draw_batches
 from flax import linen as nn
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from study import (
+    CLASSES,
     Finding,
     Images,
     Report,
     Spread,
     StudyOptions,
     TrainState,
+    UsageError,
     accuracy_of,
     band,
     compare,
     conclude,
     create_state,
+    draw_batches,
     each,
     figure_of,
     images_of,

@@ -23,9 +23,9 @@ The training images are all in shades of grey.
 
 How to run:
 
-    python examples/contrast_and_style.py
-    python examples/contrast_and_style.py --quick
-    JAXNORM_DATA=folder/with/mnist_npz python examples/contrast_and_style.py --train-images 3000
+    python examples/reproductions/contrast_and_style.py
+    python examples/reproductions/contrast_and_style.py --quick
+    JAXNORM_DATA=npz/folder python examples/reproductions/contrast_and_style.py --train-images 3000
 """
 
 from collections.abc import Callable
@@ -37,12 +37,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import CLASSES, UsageError, draw_batches
 from flax import linen as nn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from study import (
+    CLASSES,
     COLORS,
     Finding,
     Images,
@@ -50,11 +50,13 @@ from study import (
     Spread,
     StudyOptions,
     TrainState,
+    UsageError,
     accuracy_of,
     band,
     compare,
     conclude,
     create_state,
+    draw_batches,
     each,
     eval_step,
     images_of,

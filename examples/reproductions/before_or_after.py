@@ -21,9 +21,9 @@ rates are chosen by them, on the test images, for all networks alike.
 
 How to run:
 
-    python examples/before_or_after.py
-    python examples/before_or_after.py --quick
-    JAXNORM_DATA=folder/with/mnist_npz python examples/before_or_after.py --train-images 10000
+    python examples/reproductions/before_or_after.py
+    python examples/reproductions/before_or_after.py --quick
+    JAXNORM_DATA=npz/folder python examples/reproductions/before_or_after.py --train-images 10000
 """
 
 from collections.abc import Callable, Sequence
@@ -35,12 +35,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from digits import CLASSES, UsageError, draw_batches
 from flax import linen as nn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 from study import (
+    CLASSES,
     COLORS,
     DASHES,
     Finding,
@@ -49,9 +49,11 @@ from study import (
     Spread,
     StudyOptions,
     TrainState,
+    UsageError,
     accuracy_of,
     compare,
     conclude,
+    draw_batches,
     each,
     images_of,
     run,

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from digits import Choice, Dataset, UsageError, load_dataset
+
+from study.examples import Choice, Dataset, UsageError, load_dataset
 
 
 class Images(NamedTuple):
@@ -21,7 +22,7 @@ class Images(NamedTuple):
 def images_of(
     choice: Choice, *, side: int | None = None, train: int | None = None, test: int | None = None
 ) -> Images:
-    """Loads a data set, as `digits.load_dataset`.
+    """Loads a data set, as `parts.digits.load_dataset`.
 
     Args:
         choice: `"digits"`, `"mnist"`, `"fashion_mnist"`, `"usps"`, or `"auto"`.

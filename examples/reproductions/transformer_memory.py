@@ -21,9 +21,9 @@ implementations do, so that they do not hide the rest. Where whole blocks are re
 How to run:
 
     pip install 'jax[tpu]'
-    python examples/transformer_memory.py
-    python examples/transformer_memory.py --quick
-    python examples/transformer_memory.py --norms RMSNorm --width 2048 --sequences 4
+    python examples/reproductions/transformer_memory.py
+    python examples/reproductions/transformer_memory.py --quick
+    python examples/reproductions/transformer_memory.py --norms RMSNorm --width 2048 --sequences 4
 """
 
 import importlib.util
@@ -39,13 +39,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import UsageError
 from flax import linen as nn
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from matplotlib.figure import Figure
-from study import COLORS, DASHES, Report, conclude, each, figure_of, run, tidy
-from study.command import PageOptions
+from study import (
+    COLORS,
+    DASHES,
+    PageOptions,
+    Report,
+    UsageError,
+    conclude,
+    each,
+    figure_of,
+    run,
+    tidy,
+)
 
 from jaxnorm import linen as jnn
 

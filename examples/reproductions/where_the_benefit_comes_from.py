@@ -35,9 +35,9 @@ beyond which steps along the gradient of a quadratic diverge.
 
 How to run:
 
-    python examples/where_the_benefit_comes_from.py
-    python examples/where_the_benefit_comes_from.py --quick
-    JAXNORM_DATA=folder/with/mnist_npz python examples/where_the_benefit_comes_from.py
+    python examples/reproductions/where_the_benefit_comes_from.py
+    python examples/reproductions/where_the_benefit_comes_from.py --quick
+    JAXNORM_DATA=npz/folder python examples/reproductions/where_the_benefit_comes_from.py
 """
 
 from collections.abc import Callable, Mapping
@@ -49,11 +49,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import CLASSES, UsageError, draw_batches
 from flax import linen as nn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from study import (
+    CLASSES,
     COLORS,
     DASHES,
     Finding,
@@ -62,10 +62,12 @@ from study import (
     Spread,
     StudyOptions,
     TrainState,
+    UsageError,
     accuracy_of,
     compare,
     conclude,
     create_state,
+    draw_batches,
     each,
     images_of,
     run,
@@ -94,7 +96,7 @@ class Options(StudyOptions):
     """Train a deep network without batch norm, with it, and with noise after it."""
 
     depth: int = 8
-    """Hidden layers; a quick run has two."""
+    """Hidden layers; a quick run has one."""
 
     steps: int = 400
     """Steps of stochastic gradient descent, without momentum."""
@@ -114,7 +116,7 @@ class Options(StudyOptions):
     @property
     def used(self) -> "Options":
         """These, or smaller ones for a quick run."""
-        return replace(self, depth=2, steps=20, every=10) if self.quick else self
+        return replace(self, depth=1, steps=20, every=10) if self.quick else self
 
     def check(self) -> None:
         """Refuses impossible options before any time goes into training."""

@@ -24,9 +24,9 @@ severity 5, `pixelate` leaves 3 x 3 of 8 x 8 pixels, too few to tell most digits
 
 How to run:
 
-    python examples/corrupted_digits.py
-    python examples/corrupted_digits.py --quick
-    JAXNORM_DATA=folder/with/mnist_and_usps_npz python examples/corrupted_digits.py --foreign
+    python examples/reproductions/corrupted_digits.py
+    python examples/reproductions/corrupted_digits.py --quick
+    JAXNORM_DATA=npz/folder python examples/reproductions/corrupted_digits.py --foreign
 """
 
 from collections.abc import Callable
@@ -36,24 +36,24 @@ from functools import cache, partial
 import jax
 import numpy as np
 import optax
-from adabn_digits import Domain, load_domains
 from contrast_and_style import show
-from corruptions import CORRUPTIONS, SEVERITIES, corrupted
-from digits import CLASSES, UsageError, draw_batches
 from flax import linen as nn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from study import (
+    CLASSES,
     COLORS,
     Finding,
     Report,
     Spread,
     StudyOptions,
     TrainState,
+    UsageError,
     band,
     compare,
     conclude,
     create_state,
+    draw_batches,
     each,
     eval_step,
     images_of,
@@ -61,6 +61,8 @@ from study import (
     tidy,
     train,
 )
+from study.corruptions import CORRUPTIONS, SEVERITIES, corrupted
+from study.examples import Domain, load_domains
 
 from jaxnorm import linen as jnn
 from jaxnorm.tools import Tent, TentState, adapt_stats, batch_adapter, tent

@@ -23,9 +23,9 @@ scale. The best rates are chosen by test accuracy, for all networks alike.
 
 How to run:
 
-    python examples/learning_rates.py
-    python examples/learning_rates.py --quick
-    JAXNORM_DATA=folder/with/mnist_npz python examples/learning_rates.py --train-images 10000
+    python examples/reproductions/learning_rates.py
+    python examples/reproductions/learning_rates.py --quick
+    JAXNORM_DATA=npz/folder python examples/reproductions/learning_rates.py --train-images 10000
 """
 
 from collections.abc import Callable, Sequence
@@ -36,10 +36,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from digits import CLASSES, UsageError, draw_batches
 from flax import linen as nn
 from matplotlib.figure import Figure
 from study import (
+    CLASSES,
     COLORS,
     Finding,
     Images,
@@ -47,9 +47,11 @@ from study import (
     Spread,
     StudyOptions,
     TrainState,
+    UsageError,
     accuracy_of,
     compare,
     conclude,
+    draw_batches,
     each,
     figure_of,
     images_of,

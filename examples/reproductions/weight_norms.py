@@ -23,9 +23,9 @@ above it.
 
 How to run:
 
-    python examples/weight_norms.py
-    python examples/weight_norms.py --quick
-    JAXNORM_DATA=folder/with/mnist_npz python examples/weight_norms.py --data fashion_mnist
+    python examples/reproductions/weight_norms.py
+    python examples/reproductions/weight_norms.py --quick
+    JAXNORM_DATA=npz/folder python examples/reproductions/weight_norms.py --data fashion_mnist
 """
 
 from collections.abc import Callable
@@ -36,22 +36,24 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from digits import CLASSES, UsageError, draw_batches
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from matplotlib.figure import Figure
 from study import (
+    CLASSES,
     COLORS,
     Finding,
     Images,
     Report,
     Spread,
     StudyOptions,
+    UsageError,
     accuracy_of,
     band,
     compare,
     conclude,
     create_state,
+    draw_batches,
     each,
     figure_of,
     images_of,

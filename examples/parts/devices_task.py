@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from digits import CLASSES, draw_batches, load_small_digits
 from flax import linen as nn
 from jax import lax
 
 from jaxnorm import linen as jnn
+from parts.digits import CLASSES, draw_batches, load_small_digits
 
 SEED = 0
 OPTIMIZER = optax.sgd(0.05, momentum=0.9)
@@ -79,6 +79,11 @@ def update(state: State, loss: Any, batch_stats: Any, gradients: Any) -> tuple[S
     """One step of the optimizer. Returns the new state and the loss."""
     changes, momentum = OPTIMIZER.update(gradients, state.momentum)
     return State(optax.apply_updates(state.params, changes), batch_stats, momentum), loss
+
+
+def whole_step(state: State, batch: Batch) -> tuple[State, Any]:
+    """One step on the whole batch, wherever its parts lie."""
+    return update(state, *evaluate(state, batch))
 
 
 def make_batches(size: int, steps: int) -> list[Batch]:

@@ -12,16 +12,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-from digits import UsageError
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import jaxnorm
 from study.command import PageOptions
+from study.examples import write_picture
 from study.findings import Finding
 
-PAGES = Path(__file__).parents[2] / "docs" / "reproductions"
+PAGES = Path(__file__).parents[3] / "docs" / "reproductions"
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def conclude(report: Report, options: PageOptions) -> Report:
     for finding in report.findings:
         console.print(f"[bold]{finding.verdict}[/bold]: {finding.claim}", highlight=False)
         console.print(f"    {finding.measured}", highlight=False, markup=False)
-    _save(report.picture, options.out or Path(f"{report.name}.png"), console)
+    write_picture(report.picture, options.out or Path(f"{report.name}.png"), dpi=110)
     if options.record:
-        _save(report.picture, PAGES / f"{report.name}.png", console)
+        write_picture(report.picture, PAGES / f"{report.name}.png", dpi=110)
         page = PAGES / f"{report.name}.md"
         page.write_text(page_of(report))
         console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
@@ -75,7 +75,8 @@ def conclude(report: Report, options: PageOptions) -> Report:
 
 def page_of(report: Report) -> str:
     """The page, in Markdown, with the command that makes it anew."""
-    command = shlex.join(["python", f"examples/{report.name}.py", *_without_out(sys.argv[1:])])
+    script = f"examples/reproductions/{report.name}.py"
+    command = shlex.join(["python", script, *_without_out(sys.argv[1:])])
     data = "JAXNORM_DATA=folder/with/the/npz/files " if os.environ.get("JAXNORM_DATA") else ""
     title, _, about = report.about.partition("\n")
     parts = [
@@ -91,7 +92,7 @@ def page_of(report: Report) -> str:
         "## Run it yourself",
         f"```bash\n{data}{command}\n```",
         f"Made on {datetime.now(UTC):%Y-%m-%d}: {machine()}. "
-        f"[The script](../../examples/{report.name}.py) has a `--quick` form and all the options.",
+        f"[The script](../../{script}) has a `--quick` form and all the options.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -138,15 +139,6 @@ def _processor() -> str:
     except OSError:
         return ""
     return found[1].strip() if found else ""
-
-
-def _save(picture: Figure, path: Path, console: Console) -> None:
-    try:
-        path.parent.mkdir(exist_ok=True)
-        picture.savefig(path, dpi=110)
-    except OSError as error:
-        raise UsageError(f"cannot write the picture {path}: {error}") from error
-    console.print(f"picture: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -21,51 +21,45 @@ both at many rates.
 
 How to run:
 
-    python examples/batch_norm_figure_1.py
-    python examples/batch_norm_figure_1.py --quick
-    JAXNORM_DATA=folder/with/mnist_npz python examples/batch_norm_figure_1.py --seeds 0 1 2
+    python examples/reproductions/batch_norm_figure_1.py
+    python examples/reproductions/batch_norm_figure_1.py --quick
+    JAXNORM_DATA=npz/folder python examples/reproductions/batch_norm_figure_1.py --seeds 0 1 2
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from itertools import product
 
 import jax
 import numpy as np
-import optax
-from batch_norm_digits import (
-    PERCENTILES,
-    History,
-    SigmoidNetwork,
-    TrainState,
-    check_same_start,
-    create_state,
-    train_and_record,
-)
-from digits import Dataset, UsageError, draw_batches, load_dataset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from study import (
     COLORS,
     Finding,
     Report,
     Spread,
     StudyOptions,
+    TrainState,
+    UsageError,
     band,
     compare,
     conclude,
+    draw_batches,
+    each,
     figure_of,
     run,
     tidy,
 )
+from study.dense import create_dense_state, train_looking
+from study.examples import PERCENTILES, History, SigmoidNetwork, eval_step, load_dataset
 
 NAMES = {False: "without batch norm", True: "with batch norm"}
 GOAL = 0.9
 QUICK_STEPS = 500
-LAYERS, WIDTH = 3, 100
+NETWORKS = {batch_norm: SigmoidNetwork(batch_norm) for batch_norm in NAMES}
+"""One of each for all seeds, so that they share a compiled step."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +84,9 @@ class Options(StudyOptions):
     def check(self) -> None:
         """Refuses numbers that cannot be trained with."""
         super().check()
-        if self.record_every < 1 or self.used_steps < 2 * self.record_every:
-            raise UsageError("--steps must have room for two looks, --record-every 1 or more")
+        looks, rest = divmod(self.used_steps, max(self.record_every, 1))
+        if self.record_every < 1 or looks < 2 or rest:
+            raise UsageError("--steps must be a multiple of --record-every, from two looks on")
         if self.batch_size < 2:
             raise UsageError(f"--batch-size must be at least 2, not {self.batch_size}")
         if not (np.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -106,59 +101,33 @@ class Options(StudyOptions):
 # --- Training -------------------------------------------------------------------------------------
 
 
-@cache
-def recipe(batch_norm: bool, rate: float) -> tuple[SigmoidNetwork, optax.GradientTransformation]:
-    """One for all seeds, so that they share a compiled step."""
-    return SigmoidNetwork(LAYERS, WIDTH, batch_norm), optax.sgd(rate)
-
-
-def initial_states(seed: int, images: np.ndarray, rate: float) -> dict[bool, TrainState]:
-    """Without and with batch norm, from the same weights."""
-    states = {}
-    for batch_norm in NAMES:
-        network, optimizer = recipe(batch_norm, rate)
-        state = create_state(network, jax.random.key(seed), images[:1], rate)
-        states[batch_norm] = state.replace(tx=optimizer)
-    check_same_start(states[False], states[True])
-    return states
-
-
-def histories_of(
-    seed: int, data: Dataset, options: Options, progress: Progress
-) -> dict[bool, History]:
-    """Trains both networks from one seed."""
-    count = len(data.train_images[: options.train_images])
-    batches = draw_batches(count, options.batch_size, options.used_steps, seed)
-    states = initial_states(seed, data.train_images, options.learning_rate)
-    every = options.record_every
-    return {
-        key: train_and_record(f"seed {seed}, {NAMES[key]}", state, data, batches, every, progress)
-        for key, state in states.items()
-    }
-
-
 Histories = dict[bool, list[History]]
 """Of the networks without and with batch norm, one for each seed."""
 
 
+def history_of(seed: int, batch_norm: bool, options: Options) -> tuple[str, History]:
+    """The name of the data, and one training; both networks of a seed start alike."""
+    data = load_dataset(options.data, seed)
+    images, labels = data.train_images[: options.train_images], data.train_labels
+    batches = draw_batches(len(images), options.batch_size, options.used_steps, seed)
+    state = create_dense_state(NETWORKS[batch_norm], seed, images, options.learning_rate)
+    tests = jax.device_put((data.test_images, data.test_labels))
+    every, history = options.record_every, History(NAMES[batch_norm])
+
+    def look(state: TrainState) -> None:
+        history.look(every * (1 + len(history.steps)), *eval_step(state, *tests))
+
+    train_looking(state, images, labels, batches, every, look)
+    return data.name, history
+
+
 def train_all(options: Options) -> tuple[str, Histories]:
     """The name of the data, and all trainings."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-    )
     histories: Histories = {False: [], True: []}
     name = ""
-    console = Console()
-    with Progress(*columns, console=console, auto_refresh=console.is_terminal) as progress:
-        for seed in options.used_seeds:
-            data = load_dataset(options.data, seed)
-            name = data.name
-            for batch_norm, history in histories_of(seed, data, options, progress).items():
-                histories[batch_norm].append(history)
+    for seed, batch_norm in each(product(options.used_seeds, NAMES)):
+        name, history = history_of(seed, batch_norm, options)
+        histories[batch_norm].append(history)
     return name, histories
 
 
@@ -171,20 +140,15 @@ def steps_to_goal(history: History) -> float:
     return float(history.steps[-1] if steps is None else steps)
 
 
-def median_of_unit(history: History) -> np.ndarray:
-    """Of the inputs of the typical unit, at each look."""
-    return history.sigmoid_inputs[:, 1, history.typical_unit()]
-
-
 def spread_of_unit(history: History) -> np.ndarray:
     """Between the outer percentiles of the inputs of the typical unit, at each look."""
-    low, _, high = history.sigmoid_inputs[:, :, history.typical_unit()].T
+    low, _, high = history.typical_inputs
     return high - low
 
 
 def travel(history: History) -> float:
     """From the lowest to the highest median of the typical unit, in the sigmoid's own units."""
-    return float(np.ptp(median_of_unit(history)))
+    return float(np.ptp(history.typical_inputs[1]))
 
 
 def relative_travel(history: History) -> float:
@@ -200,7 +164,7 @@ def widening(history: History) -> float:
 
 MEASURES: dict[str, tuple[Callable[[History], float], str]] = {
     f"steps to {GOAL}": (steps_to_goal, ".0f"),
-    "accuracy at the end": (lambda history: history.final_accuracy, ".3f"),
+    "accuracy at the end": (lambda history: history.test_accuracy[-1], ".3f"),
     "median travels": (travel, ".2f"),
     "median travels, in spreads": (relative_travel, ".2f"),
     "widest over narrowest spread": (widening, ".2f"),
@@ -261,7 +225,7 @@ def findings_of(histories: Histories) -> list[Finding]:
 
 def picture_of(histories: Histories, data: str) -> Figure:
     """The three panels of figure 1."""
-    figure, (left, *panels) = figure_of(3, f"Sigmoid network on {data}, {LAYERS} layers of {WIDTH}")
+    figure, (left, *panels) = figure_of(3, f"Sigmoid network on {data}, 3 layers of 100")
     for number, (key, name) in enumerate(reversed(NAMES.items())):
         steps = histories[key][0].steps
         band(left, steps, np.array([one.test_accuracy for one in histories[key]]), name, number)
@@ -281,9 +245,9 @@ def picture_of(histories: Histories, data: str) -> Figure:
 def draw_inputs(panel: Axes, histories: list[History], number: int) -> None:
     """The median of each seed's typical unit, and the percentiles of the first seed's."""
     for history in histories[1:]:
-        panel.plot(history.steps, median_of_unit(history), color=COLORS[number], linewidth=0.7)
+        panel.plot(history.steps, history.typical_inputs[1], color=COLORS[number], linewidth=0.7)
     first = histories[0]
-    low, middle, high = first.sigmoid_inputs[:, :, first.typical_unit()].T
+    low, middle, high = first.typical_inputs
     panel.fill_between(first.steps, low, high, color=COLORS[number], alpha=0.2, linewidth=0)
     panel.plot(first.steps, middle, color=COLORS[number], linewidth=2)
     panel.set_ylabel(f"input; shaded: {PERCENTILES[0]}th to {PERCENTILES[-1]}th percentile")

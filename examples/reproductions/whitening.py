@@ -20,9 +20,9 @@ leaves out the smallest tenth of the eigenvalues, since pixels that are always 0
 
 How to run:
 
-    python examples/whitening.py
-    python examples/whitening.py --quick
-    JAXNORM_DATA=folder/with/mnist_npz python examples/whitening.py --train-images 10000
+    python examples/reproductions/whitening.py
+    python examples/reproductions/whitening.py --quick
+    JAXNORM_DATA=npz/folder python examples/reproductions/whitening.py --train-images 10000
 """
 
 import time
@@ -35,11 +35,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import CLASSES, UsageError, draw_batches
 from flax import linen as nn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from study import (
+    CLASSES,
     COLORS,
     DASHES,
     Finding,
@@ -47,11 +47,13 @@ from study import (
     Report,
     Spread,
     StudyOptions,
+    UsageError,
     accuracy_of,
     band,
     compare,
     conclude,
     create_state,
+    draw_batches,
     each,
     figure_of,
     images_of,

@@ -16,11 +16,9 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from parts.command import UsageError
+
 CLASSES = 10
-
-
-class UsageError(Exception):
-    """Something the caller can put right: an option, or the data it points to."""
 
 
 @dataclass(frozen=True)
