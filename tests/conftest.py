@@ -8,7 +8,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 # Scripts that write down what other frameworks return, and need these.
-collect_ignore_glob = ["record_*.py"]
+collect_ignore_glob = ["record_*.py", "mutants/*"]
 
 
 @pytest.fixture
