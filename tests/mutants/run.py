@@ -3,17 +3,17 @@
     python tests/mutants/run.py [PATTERN] [--jobs N] [--tests DIR]
 
 The faults are in the files `*.diff` beside this one. A row says the file of the library and the
-files of tests that should notice, quickest first, by name and wherever they lie below `tests/`; then
-the line as it is and with the fault. After `-k` stands, as for pytest, which tests to try first:
+files of tests that should notice, quickest first, by name and wherever they lie below `tests/`;
+then the line as it is and with the fault. After `-k` stands, as for pytest, what to try first:
 
     core/moments.py: test_moments test_laws -k no_values or one_value
     - known = jnp.asarray(self.count) > ddof
     + known = jnp.asarray(self.count) >= ddof
 
-Prints for each fault the test that noticed it. A row is rotten if its line does not stand in the file
-exactly once, or if there is no such file of tests. The exit status is 1 unless all are noticed. With
-`--tests`, the tests of another checkout are judged, on the library beside them. What is compiled is
-kept in `build/mutants_cache`, unless the environment names another folder.
+Prints for each fault the test that noticed it. A row is rotten if its line does not stand in the
+file exactly once, or if there is no such file of tests. The exit status is 1 unless all are
+noticed. With `--tests`, the tests of another checkout are judged, on the library beside them. What
+is compiled is kept in `build/mutants_cache`, unless the environment names another folder.
 """
 
 import argparse
