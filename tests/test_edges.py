@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import jaxnorm
@@ -14,6 +15,8 @@ from jaxnorm.core.kernels import fits
 from jaxnorm.diagnose import report_norms
 from jaxnorm.methods import METHODS
 from jaxnorm.methods.weight_spec import WeightSpec
+from jaxnorm.tools import norm_mask
+from jaxnorm.tools.folding import comparison
 
 # Statistics.
 
@@ -112,6 +115,15 @@ def test_the_share_of_instance_norm_is_rounded_to_whole_features():
     assert batch.mean.shape == (2,)
 
 
+def test_layers_pool_within_groups_of_devices():
+    x = jnp.array([0.0, 1, 4, 9]).reshape(4, 1, 1)
+    options = dict(use_running_average=False, use_scale=False, use_bias=False, update_stats=False)
+    grouped = jaxnorm.linen.BatchNorm(**options, axis_name="d", axis_index_groups=[[0, 1], [2, 3]])
+    variables = grouped.init(jax.random.key(0), x[0])
+    y = jax.vmap(lambda x: grouped.apply(variables, x), axis_name="d")(x)
+    np.testing.assert_allclose(y.ravel(), [-1, 1, -1, 1], atol=1e-4)
+
+
 # Kernels.
 
 
@@ -130,6 +142,26 @@ def test_positions_fill_whole_registers():
     """One of them needs the space of sixteen, and twenty that of 32."""
     assert fits.slabs_block((4096, 1, 128), jnp.float32) == 128
     assert fits.slabs_block((4096, 20, 128), jnp.float32) == 64
+
+
+# Tools.
+
+
+class Lengths(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        weight = self.param("weight", nn.initializers.ones, (3, 3))
+        return jnp.sqrt(x**2 @ weight**2)
+
+
+def test_a_matrix_called_weight_is_no_scale_of_a_norm():
+    model, x = Lengths(), jnp.ones((2, 3))
+    assert norm_mask(model.bind(model.init(jax.random.key(0), x)), x) == {"weight": False}
+
+
+def test_a_folded_model_that_makes_nan_differs():
+    found = comparison._difference([np.ones(2)], [np.array([1, np.nan])])
+    assert found.relative == np.inf
 
 
 # Reports.
