@@ -15,7 +15,7 @@ from jaxnorm.core.kernels import fits
 from jaxnorm.diagnose import report_norms
 from jaxnorm.methods import METHODS
 from jaxnorm.methods.weight_spec import WeightSpec
-from jaxnorm.tools import norm_mask
+from jaxnorm.tools import fold, norm_mask
 from jaxnorm.tools.folding import comparison
 
 # Statistics.
@@ -157,6 +157,19 @@ class Lengths(nn.Module):
 def test_a_matrix_called_weight_is_no_scale_of_a_norm():
     model, x = Lengths(), jnp.ones((2, 3))
     assert norm_mask(model.bind(model.init(jax.random.key(0), x)), x) == {"weight": False}
+
+
+class Millions(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scale_init = nn.initializers.constant(1e6)
+        return nn.BatchNorm(use_running_average=True, scale_init=scale_init)(nn.Dense(3)(x))
+
+
+def test_rounding_of_large_outputs_is_no_reason_not_to_fold():
+    x = jax.random.normal(jax.random.key(0), (8, 4))
+    folded = fold(Millions().bind(Millions().init(jax.random.key(1), x)), x)
+    assert folded.pairs == {"BatchNorm_0": "Dense_0"}
 
 
 def test_a_folded_model_that_makes_nan_differs():
