@@ -1,5 +1,6 @@
 """What no law reaches, each shown by a fault of the library that no other test noticed."""
 
+import dataclasses
 import re
 import sys
 
@@ -17,6 +18,7 @@ from jaxnorm.methods import METHODS
 from jaxnorm.methods.weight_spec import WeightSpec
 from jaxnorm.tools import fold, norm_mask
 from jaxnorm.tools.folding import comparison
+from jaxnorm.tools.importing.equinox import equinox_arrays
 
 # Statistics.
 
@@ -175,6 +177,22 @@ def test_rounding_of_large_outputs_is_no_reason_not_to_fold():
 def test_a_folded_model_that_makes_nan_differs():
     found = comparison._difference([np.ones(2)], [np.array([1, np.nan])])
     assert found.relative == np.inf
+
+
+@dataclasses.dataclass
+class EquinoxNorm:
+    """The fields of `equinox.nn.BatchNorm(mode="batch")` by which its averages are read."""
+
+    mode: str = "batch"
+    momentum: float = 0.5
+    batch_counter: str = "updates"
+    batch_state_index: str = "averages"
+
+
+def test_averages_of_equinox_are_freed_from_their_start():
+    state = {"updates": 2, "averages": (np.array([3.0]), np.array([6.0]))}
+    found = equinox_arrays(EquinoxNorm(), state)
+    assert found == {"mean": [4.0], "var": [8.0], "updates": 2}
 
 
 # Reports.
