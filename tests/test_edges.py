@@ -3,6 +3,8 @@
 import dataclasses
 import re
 import sys
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from jaxnorm.methods.weight_spec import WeightSpec
 from jaxnorm.tools import fold, norm_mask
 from jaxnorm.tools.folding import comparison
 from jaxnorm.tools.importing.equinox import equinox_arrays
+from jaxnorm.tools.importing.flax import _Reader
 
 # Statistics.
 
@@ -193,6 +196,13 @@ def test_averages_of_equinox_are_freed_from_their_start():
     state = {"updates": 2, "averages": (np.array([3.0]), np.array([6.0]))}
     found = equinox_arrays(EquinoxNorm(), state)
     assert found == {"mean": [4.0], "var": [8.0], "updates": 2}
+
+
+def test_a_scanned_axis_moves_from_where_it_is_there_to_where_it_is_here():
+    """Not the other way, which is the same only between neighbours."""
+    reader = _Reader({}, {"layers": (2, 0)})
+    target: Any = types.SimpleNamespace(name="layers/Dense_0")
+    assert reader._along(np.zeros((2, 3, 4)), target).shape == (4, 2, 3)
 
 
 # Reports.
