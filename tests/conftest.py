@@ -19,7 +19,7 @@ if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Scripts that write down what other frameworks return, and need these.
-collect_ignore_glob = ["record_*.py"]
+collect_ignore_glob = ["record_*.py", "mutants/*"]
 
 
 @pytest.hookimpl(tryfirst=True)
