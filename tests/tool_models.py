@@ -180,8 +180,36 @@ def stirred(path, leaf):
     if path[-1] in ("var", "scale"):
         values = np.exp(values / 2)
     elif path[-1] not in ("mean", "bias"):
-        values = np.asarray(leaf) + 0.1 * values
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            values /= np.sqrt(values.size / np.atleast_1d(values).shape[-1])  # of its inputs
+        else:
+            values = np.asarray(leaf) + 0.1 * values
     return jnp.array(values, leaf.dtype)
+
+
+def shapes_of(module, x, **call):
+    """A Linen module bound to shapes in the place of arrays: enough for what an import fills."""
+    init = partial(module.init, **call)
+    return module.bind(jax.eval_shape(init, jax.random.key(0), x))
+
+
+def shapes_of_nnx(make):
+    """An NNX module with shapes in the place of arrays."""
+    return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+
+
+def drawn(module, x, **call):
+    """A Linen module with variables as after training, whose initializers are not compiled."""
+    return module.bind(_stirred_variables(flatten_dict(shapes_of(module, x, **call).variables)))
+
+
+def drawn_nnx(make):
+    """As `drawn`, of an NNX module."""
+    model = shapes_of_nnx(make)
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.RngState)):
+        is_key = isinstance(variable, nnx.RngKey)
+        variable.set_raw_value(jax.random.key(0) if is_key else jnp.uint32(0))
+    return stir(model)
 
 
 def initial_variables(module, x, **options):
