@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tool_models import drawn, drawn_nnx, shapes_of, values_of
 
 import jaxnorm
 from jaxnorm.tools.importing.names import Stack, names_of
@@ -60,19 +61,7 @@ class NNXNet(nnx.Module):
 
 
 def net(framework):
-    if framework == "nnx":
-        return NNXNet(nnx.Rngs(0))
-    shapes = jax.eval_shape(Net().init, jax.random.key(0), X)
-    return Net().bind(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
-
-
-def flat(model):
-    """All arrays of a model by their paths, without collections."""
-    if isinstance(model, nnx.Module):
-        state = nnx.to_flat_state(nnx.state(model))
-        return {"/".join(map(str, path)): leaf[...] for path, leaf in state}
-    paths, _ = jax.tree_util.tree_flatten_with_path(model.variables)
-    return {"/".join(key.key for key in path[1:]): leaf for path, leaf in paths}
+    return drawn(Net(), X) if framework == "linen" else drawn_nnx(NNXNet)
 
 
 def arrays_of(model, rename=lambda path: path):
@@ -80,7 +69,7 @@ def arrays_of(model, rename=lambda path: path):
     generator = np.random.default_rng(0)
     return {
         rename(path): generator.uniform(1, 2, leaf.shape).astype(np.float32)
-        for path, leaf in flat(model).items()
+        for path, leaf in values_of(model).items()
     }
 
 
@@ -95,7 +84,7 @@ def filled(model, arrays, run=lambda model: model(X), **options):
 
 
 def check(model, arrays, named=lambda path: path):
-    for path, leaf in flat(model).items():
+    for path, leaf in values_of(model).items():
         assert (leaf == arrays[named(path)]).all(), path
 
 
@@ -148,15 +137,14 @@ class Scanned(nn.Module):
 
 
 def test_layers_are_stacked_along_the_axis_that_is_said():
-    shapes = jax.eval_shape(Scanned().init, jax.random.key(0), X)
-    model = Scanned().bind(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+    model = shapes_of(Scanned(), X)
     arrays = {
         f"{name}/{path.removeprefix('blocks/')}": np.full(np.delete(leaf.shape, 1), i, np.float32)
         for i, name in enumerate("abcd")
-        for path, leaf in flat(model).items()
+        for path, leaf in values_of(model).items()
     }
     new, _ = filled(model, arrays, names={"blocks": Stack(tuple("abcd"), axis=1)})
-    for path, leaf in flat(new).items():
+    for path, leaf in values_of(new).items():
         assert (np.moveaxis(np.asarray(leaf), 1, -1) == np.arange(4)).all(), path
     with pytest.raises(ValueError, match="shapes that differ"):
         filled(model, arrays, names={"blocks": tuple("abcd")})
@@ -181,7 +169,7 @@ def test_everything_that_does_not_fit_is_listed_at_once(framework):
 
     new, report = filled(model, arrays, partial=True)
     assert not report.fits
-    own, got = flat(model), flat(new)
+    own, got = values_of(model), values_of(new)
     kept = {"b1/norm/mean", "head/bias", "b2/dense/kernel"}
     for path in got:
         assert (got[path] == (own if path in kept else arrays)[path]).all(), path
@@ -215,13 +203,13 @@ def test_variables_of_layers_that_are_not_called_are_filled_as_they_are(framewor
 def test_nothing_is_shared(framework):
     model = net(framework)
     arrays = arrays_of(model)
-    before = {path: np.array(leaf) for path, leaf in flat(model).items()}
+    before = {path: np.array(leaf) for path, leaf in values_of(model).items()}
     given = {path: leaf.copy() for path, leaf in arrays.items()}
     new, _ = filled(model, arrays, partial=True)
     for leaf in arrays.values():
         leaf[...] = 7
     check(new, given)
-    for leaf in flat(new).values():
+    for leaf in values_of(new).values():
         leaf.delete()
     check(model, before)
 
@@ -236,7 +224,7 @@ def test_arrays_stay_where_they_were():
     arrays = arrays_of(model)
     with jax.numpy_dtype_promotion("strict"):
         new, _ = filled(model, arrays)
-    assert flat(new)["b1/norm/mean"].sharding == place
+    assert values_of(new)["b1/norm/mean"].sharding == place
     check(new, arrays)
 
 

@@ -174,16 +174,20 @@ class NNXBranches(nnx.Module):
 
 
 def stirred(path, leaf):
-    """Values that no initializer gives: statistics and parameters as after training."""
+    """Values that no initializer gives: statistics and parameters as after training.
+
+    Of a shape alone, kernels are drawn as initializers draw them, by their numbers of inputs.
+    """
     generator = np.random.default_rng(sum(map(ord, "/".join(path))))
-    values = generator.normal(size=leaf.shape)
-    if path[-1] in ("var", "scale"):
+    values, name, is_shape = generator.normal(size=leaf.shape), path[-1], not hasattr(leaf, "ravel")
+    if is_shape:
+        name = name.partition("_")[0]  # of a domain: "var_b"
+    if name in ("var", "scale"):
         values = np.exp(values / 2)
-    elif path[-1] not in ("mean", "bias"):
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            values /= np.sqrt(values.size / np.atleast_1d(values).shape[-1])  # of its inputs
-        else:
-            values = np.asarray(leaf) + 0.1 * values
+    elif is_shape and name not in ("mean", "bias"):
+        values /= np.sqrt(values.size / np.atleast_1d(values).shape[-1])
+    elif name not in ("mean", "bias"):
+        values = np.asarray(leaf) + 0.1 * values
     return jnp.array(values, leaf.dtype)
 
 
@@ -255,6 +259,14 @@ def stirred_module(make, *options):
     """An NNX module with variables as after training; no two calls share an array."""
     graph, state = _initial_module(make, options)
     return stir(nnx.merge(graph, jax.tree.map(jnp.copy, state)))
+
+
+def values_of(model):
+    """All parameters and statistics by their paths, in Linen without the collections."""
+    if isinstance(model, nnx.Module):
+        flat = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+        return {"/".join(map(str, path)): leaf.get_raw_value() for path, leaf in flat}
+    return {"/".join(path[1:]): leaf for path, leaf in flatten_dict(model.variables).items()}
 
 
 def image(batch=2):
