@@ -14,9 +14,11 @@ from flax import linen as nn
 from flax import nnx, serialization
 from flax.core import freeze, unfreeze
 from modules import FLAX, IMAGES, OURS, LinenNet, NNXNet, X
+from tool_models import drawn
 
 import jaxnorm.linen
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 DIRECTIONS = {
     "Flax's into ours": ("flax", "ours"),
     "ours into Flax's": ("ours", "flax"),
@@ -39,7 +41,7 @@ def through_orbax(tree, target, path):
 
 @functools.cache
 def linen_functions(norm):
-    """A first tree of variables from a seed, a training step, and inference."""
+    """A first tree of variables from a seed, and a training step with the inference after it."""
     model = LinenNet(norm)
 
     @jax.jit
@@ -49,9 +51,10 @@ def linen_functions(norm):
     @jax.jit
     def step(variables, x):
         _, changed = model.apply(variables, x, train=True, mutable=["batch_stats"])
-        return {**variables, **changed}
+        variables = {**variables, **changed}
+        return variables, model.apply(variables, x, train=False)
 
-    return create, step, jax.jit(lambda variables, x: model.apply(variables, x, train=False))
+    return create, step
 
 
 @functools.cache
@@ -71,15 +74,11 @@ def nnx_functions(norm):
         model = model_of(state)
         model.train()
         model(x)
-        return nnx.state(model)
-
-    @jax.jit
-    def infer(state, x):
-        model = model_of(state)
+        state = nnx.state(model)
         model.eval()
-        return model(x)
+        return state, model(x)
 
-    return create, step, infer
+    return create, step
 
 
 FUNCTIONS = {"linen": linen_functions, "nnx": nnx_functions}
@@ -94,51 +93,54 @@ TRAVELS = {
 @pytest.mark.parametrize(("source", "target"), DIRECTIONS.values(), ids=DIRECTIONS)
 @pytest.mark.parametrize(("framework", "travel"), TRAVELS.values(), ids=TRAVELS)
 def test_training_goes_on_from_a_checkpoint(framework, travel, source, target, tmp_path):
-    create, step, infer = FUNCTIONS[framework](LIBRARIES[source][framework])
-    new_create, new_step, new_infer = FUNCTIONS[framework](LIBRARIES[target][framework])
+    create, step = FUNCTIONS[framework](LIBRARIES[source][framework])
+    new_create, new_step = FUNCTIONS[framework](LIBRARIES[target][framework])
 
-    saved = step(create(seed=1), IMAGES)
+    saved, _ = step(create(seed=1), IMAGES)
     empty = new_create(seed=2)
     restored = travel(saved, empty, tmp_path)
     chex.assert_trees_all_equal_shapes_and_dtypes(restored, empty)
     chex.assert_trees_all_equal(restored, saved)
 
     for x in (IMAGES, IMAGES + 1):
-        saved, restored = step(saved, x), new_step(restored, x)
+        (saved, y), (restored, new_y) = step(saved, x), new_step(restored, x)
         chex.assert_trees_all_close(restored, saved, rtol=1e-5, atol=1e-6)
-        chex.assert_trees_all_close(new_infer(restored, x), infer(saved, x), rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(new_y, y, rtol=1e-5, atol=1e-5)
 
 
 def test_frozen_dictionaries():
     """Trees of variables that older Flax saved come back as FrozenDict."""
-    create, step, infer = linen_functions(jaxnorm.linen.BatchNorm)
+    create, step = linen_functions(jaxnorm.linen.BatchNorm)
     variables = create(seed=1)
-    frozen = freeze(variables)
-    chex.assert_trees_all_equal(infer(frozen, IMAGES), infer(variables, IMAGES))
-    chex.assert_trees_all_equal(unfreeze(step(frozen, IMAGES)), step(variables, IMAGES))
+    (new, y), (expected_new, expected) = (step(v, IMAGES) for v in (freeze(variables), variables))
+    chex.assert_trees_all_equal((unfreeze(new), y), (expected_new, expected))
 
 
-@pytest.mark.parametrize("options", [{"debias": True}, {"momentum": None}], ids=str)
+COUNTED = pytest.mark.parametrize("options", [{"debias": True}, {"momentum": None}], ids=str)
+
+
+@COUNTED
 def test_count_of_updates_is_saved(options, tmp_path):
     layer = jaxnorm.linen.BatchNorm(use_running_average=False, **options)
-    variables = layer.init(jax.random.key(0), X)
 
-    def steps(variables, xs):
-        for x in xs:
-            _, changed = layer.apply(variables, x, mutable=["batch_stats"])
-            variables = {**variables, **changed}
-        return variables
+    @jax.jit
+    def step(variables, x):
+        _, changed = layer.apply(variables, x, mutable=["batch_stats"])
+        return {**variables, **changed}
 
-    halfway = steps(variables, [X, X + 1])
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
+    halfway = step(step(variables, X), X + 1)
     restored = through_orbax(halfway, variables, tmp_path)
     assert restored["batch_stats"]["updates"].tolist() == [2] * X.shape[-1]
-    chex.assert_trees_all_equal(steps(restored, [X + 2]), steps(variables, [X, X + 1, X + 2]))
+    chex.assert_trees_all_equal(step(restored, X + 2), step(halfway, X + 2))
 
 
-@pytest.mark.parametrize("options", [{"debias": True}, {"momentum": None}], ids=str)
+@COUNTED
 def test_inference_needs_no_count_of_updates(options):
     """Flax's checkpoints have none."""
-    variables = nn.BatchNorm(use_running_average=True).init(jax.random.key(0), X)
-    layer = jaxnorm.linen.BatchNorm(use_running_average=True, **options)
-    expected = jaxnorm.linen.BatchNorm(use_running_average=True).apply(variables, X)
-    chex.assert_trees_all_equal(layer.apply(variables, X), expected)
+    variables = drawn(nn.BatchNorm(use_running_average=True), X).variables
+
+    def infer(**options):
+        return jaxnorm.linen.BatchNorm(use_running_average=True, **options).apply(variables, X)
+
+    chex.assert_trees_all_equal(*jax.jit(lambda: (infer(**options), infer()))())

@@ -35,7 +35,7 @@ FRAMEWORKS = ("linen", "nnx")
 def function_of(model, method="__call__"):
     """The model in inference as a function of its state, and that state."""
     if isinstance(model, nnx.Module):
-        model = nnx.view(model, use_running_average=True)
+        model.eval()
         graph, state = nnx.split(model)
         return lambda state, *args, **call: getattr(nnx.merge(graph, state), method)(
             *args, **call
@@ -201,9 +201,7 @@ class Stacked(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        options = dict(
-            variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}
-        )
+        options = dict(variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True})
         if self.lift == "scan":
             lifted = nn.scan(Step, length=2, **options)
         else:
@@ -289,9 +287,7 @@ ROWS = {
         padding="CIRCULAR",
         transpose_kernel=True,
     ),
-    "local": Row(
-        (2, 4, 5, 3), lambda: nn.ConvLocal(3, (2, 2), padding="VALID", **NO_BIAS), None
-    ),
+    "local": Row((2, 4, 5, 3), lambda: nn.ConvLocal(3, (2, 2), padding="VALID", **NO_BIAS), None),
     "general, both features": Row(
         (2, 3, 4),
         lambda: nn.DenseGeneral((5, 6), axis=(1, 2), **NO_BIAS),
@@ -426,17 +422,20 @@ def many(framework, is_default):
         (*function_of(folded.model), xs),
     ]
     functions, states, inputs = zip(*runs, strict=True)
-    results = jax.jit(lambda *states: [f(*each) for f, *each in zip(functions, states, inputs)])
-    return Many(model, folded, stored, *results(*states))
+
+    @jax.jit
+    def results(states):
+        return [f(*of) for f, *of in zip(functions, states, inputs, strict=True)]
+
+    return Many(model, folded, stored, *results(states))
 
 
 def norm_of(model, name):
-    """The variables of a norm in double precision, and its epsilon."""
-    if isinstance(model, nnx.Module):
-        norm = model.pairs[name].norm
+    """The variables of a norm in double precision."""
+    norm = model.pairs[name].norm
+    if isinstance(norm, nnx.Module):
         values = {role: getattr(norm, role)[...] for role in ("mean", "var", "scale", "bias")}
     else:
-        norm = model.pairs[name].norm
         values = {role: v for of in norm.variables.values() for role, v in of.items()}
     return {role: np.asarray(leaf, np.float64) for role, leaf in values.items()}
 
@@ -454,22 +453,21 @@ EACH_ROW = pytest.mark.parametrize(
 
 @EACH_ROW
 def test_every_layer_and_norm(framework, name):
-    row, (model, folded, _, made, before, after) = ROWS[name], many(framework, in_default(framework, name))
-    start = "pairs_" if framework == "linen" else "pairs/"
-    assert folded.pairs[f"{start}{name}/norm"] == f"{start}{name}/layer"
-    assert after[name].dtype == before[name].dtype
-    expected = np.asarray(before[name], np.float64)
+    row, case = ROWS[name], many(framework, in_default(framework, name))
+    path = f"pairs_{name}" if framework == "linen" else f"pairs/{name}"
+    assert case.folded.pairs[f"{path}/norm"] == f"{path}/layer"
+    found, expected = case.after[name], case.before[name]
+    assert found.dtype == expected.dtype
     if row.norm is None:
-        y, stored = np.asarray(made[name], np.float64), norm_of(model, name)
+        y, norm = np.asarray(case.made[name], np.float64), norm_of(case.model, name)
         axes = [axis % y.ndim for axis in np.atleast_1d(row.axis)]
         others = tuple(axis for axis in range(y.ndim) if axis not in axes)
         mean, var, scale, offset = (
-            np.expand_dims(stored[role], others) for role in ("mean", "var", "scale", "bias")
+            np.expand_dims(norm[role], others) for role in ("mean", "var", "scale", "bias")
         )
         expected = (y - mean) / np.sqrt(var + 1e-5) * scale + offset
-    np.testing.assert_allclose(
-        np.asarray(after[name], np.float64), expected, row.rounding, row.rounding
-    )
+    found, expected = (np.asarray(y, np.float64) for y in (found, expected))
+    np.testing.assert_allclose(found, expected, row.rounding, row.rounding)
 
 
 @pytest.mark.parametrize("lift", STACKS)
@@ -488,16 +486,11 @@ def test_stacks_of_layers_get_a_stack_of_biases(framework, lift):
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_nothing_is_left_shared_or_changed(framework):
-    model, folded, stored, *_ = many(framework, True)
-    assert not folded.left
-    for leaf, value in zip(arrays_of(model), stored, strict=True):
+    case = many(framework, True)
+    assert not case.folded.left
+    for leaf, value in zip(arrays_of(case.model), case.stored, strict=True):
         np.testing.assert_array_equal(leaf, value)
-    own, new = ({leaf.unsafe_buffer_pointer() for leaf in arrays_of(m)} for m in (model, folded.model))
+    models = (case.model, case.folded.model)
+    own, new = ({leaf.unsafe_buffer_pointer() for leaf in arrays_of(m)} for m in models)
     assert new
     assert not own & new
-
-
-def test_only_the_folded_model_is_in_inference():
-    model = nnx_pair(nnx.Linear, nnx.BatchNorm)
-    fold(model, vector())
-    assert not model.norm.use_running_average

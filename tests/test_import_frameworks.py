@@ -39,6 +39,7 @@ def transposed(features, size, strides, ndim=2, **options):
     return conv(features, size, ndim, strides=(strides,) * ndim, **options)
 
 
+OF_IMAGE = dict(reduction_axes=(1, 2, 3), feature_axes=(1, 2, 3))
 DEPTHWISE = dict(padding="SAME", feature_group_count=-1)
 """As many groups as inputs."""
 
@@ -48,22 +49,12 @@ MODELS = {
         ("conv", "Conv", 4, conv(6, 3, strides=2, padding="SAME", feature_group_count=2)),
         ("batch", "BatchNorm", 6, keras_defaults("BatchNorm")),
         ("depthwise", "Conv", 6, conv(12, 3, **DEPTHWISE)),
-        (
-            "renorm",
-            "BatchRenorm",
-            12,
-            dict(momentum=0.9, epsilon=1e-4, rmax=np.inf, dmax=np.inf),
-        ),
+        ("renorm", "BatchRenorm", 12, dict(momentum=0.9, epsilon=1e-4, rmax=np.inf, dmax=np.inf)),
         ("separable/depthwise", "Conv", 12, conv(12, 3, use_bias=False, **DEPTHWISE)),
         ("separable/pointwise", "Conv", 12, conv(5, 1)),
         ("layer", "LayerNorm", 5, keras_defaults("LayerNorm")),
         ("transposed", "ConvTranspose", 5, transposed(4, 3, 2)),
-        (
-            "whole",
-            "LayerNorm",
-            (7, 7, 4),
-            dict(epsilon=1e-3, reduction_axes=(1, 2, 3), feature_axes=(1, 2, 3)),
-        ),
+        ("whole", "LayerNorm", (7, 7, 4), dict(epsilon=1e-3, **OF_IMAGE)),
         ("group", "GroupNorm", 4, dict(epsilon=1e-3, num_groups=2)),
         ("instance", "InstanceNorm", 4, keras_defaults("InstanceNorm")),
         ("bare", "BatchNorm", 4, dict(epsilon=1e-3, use_scale=False, use_bias=False)),
@@ -98,20 +89,10 @@ MODELS = {
             conv(12, 3, **DEPTHWISE) | dict(kernel_size=(1, 3)),
         ),
         ("transposed", "ConvTranspose", 12, transposed(4, 3, 2)),
-        (
-            "whole",
-            "LayerNorm",
-            (7, 7, 4),
-            dict(epsilon=1e-5, reduction_axes=(1, 2, 3), feature_axes=(1, 2, 3)),
-        ),
+        ("whole", "LayerNorm", (7, 7, 4), dict(epsilon=1e-5, **OF_IMAGE)),
         ("group", "GroupNorm", 4, dict(epsilon=1e-5, num_groups=2)),
         ("instance", "InstanceNorm", 4, haiku_defaults("InstanceNorm")),
-        (
-            "bare",
-            "BatchNorm",
-            4,
-            dict(momentum=0.99, debias=True, use_scale=False, use_bias=False),
-        ),
+        ("bare", "BatchNorm", 4, dict(momentum=0.99, debias=True, use_scale=False, use_bias=False)),
         ("rms", "RMSNorm", 4, haiku_defaults("RMSNorm")),
         (SPATIAL_MEAN, None, None, {}),
         ("mlp/~/linear_0", "Dense", 4, dict(features=5)),
@@ -134,12 +115,7 @@ MODELS = {
         ("layers.2", "Conv", 6, conv(12, 3, padding=1, feature_group_count=-1)),
         ("layers.3", "BatchNorm", 12, dict(epsilon=1e-4, debias=True)),
         ("layers.4", "ConvTranspose", 12, transposed(4, 3, 2)),
-        (
-            "layers.5",
-            "LayerNorm",
-            (7, 7, 4),
-            dict(epsilon=1e-5, reduction_axes=(1, 2, 3), feature_axes=(1, 2, 3)),
-        ),
+        ("layers.5", "LayerNorm", (7, 7, 4), dict(epsilon=1e-5, **OF_IMAGE)),
         ("layers.6", "GroupNorm", 4, dict(epsilon=1e-5, num_groups=2)),
         ("layers.7", "InstanceNorm", 4, dict(epsilon=1e-3)),
         ("layers.8", "BatchNorm", 4, dict(debias=True, use_scale=False, use_bias=False)),

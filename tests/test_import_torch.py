@@ -5,7 +5,6 @@ with fresh random models. All layers are imported at once, into one model.
 """
 
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -34,10 +32,7 @@ from tool_models import (
 
 import jaxnorm.linen as jnn
 import jaxnorm.nnx as jnx
-from jaxnorm.tools.importing.flax import import_flax
-from jaxnorm.tools.importing.names import Tied
 from jaxnorm.tools.importing.presets import torch_defaults
-from jaxnorm.tools.importing.safetensors_file import save_safetensors
 from jaxnorm.tools.importing.torch import export_torch, import_torch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -457,10 +452,6 @@ def test_layers_of_a_scan_are_stacked(framework):
 # --- Variables of all kinds
 
 
-def dense():
-    return shapes_of_nnx(partial(nnx.Linear, 3, 2))
-
-
 def test_a_scale_stored_minus_1_is_converted():
     options = torch_defaults("RMSNorm") | dict(zero_centered_scale=True)
     model = shapes_of_nnx(partial(jnx.RMSNorm, 3, **options))
@@ -468,25 +459,6 @@ def test_a_scale_stored_minus_1_is_converted():
     filled, _ = import_torch(model, state, X)
     assert filled.scale[...].tolist() == [0.0, 0.5, -0.75]
     assert export_torch(filled, X)["weight"].tolist() == [1.0, 1.5, 0.25]
-
-
-class WithToken(nn.Module):
-    """A model with a variable of its own, and a layer that no reader knows."""
-
-    @nn.compact
-    def __call__(self, x):
-        token = self.param("token", nn.initializers.zeros, (3,))
-        return nn.Embed(2, 3, name="embed")(x) + token[None]
-
-
-def test_variables_of_unknown_layers_are_named_one_by_one():
-    x = jnp.zeros((1,), jnp.int32)
-    state = {"cls": np.ones(3, np.float32), "e.weight": np.full((2, 3), 2, np.float32)}
-    names = {"token": "cls", "embed/embedding": "e.weight"}
-    filled, _ = import_torch(shapes_of(WithToken(), x), state, x, names=names)
-    params = jax.tree.map(np.asarray, filled.variables["params"])
-    np.testing.assert_array_equal(params["token"], state["cls"])
-    np.testing.assert_array_equal(params["embed"]["embedding"], state["e.weight"])
 
 
 def test_missing_count_is_missing_and_waiting_evidence_is_dropped():
@@ -507,119 +479,3 @@ def test_presets_construct_ours_and_flax_layers():
     assert torch_defaults("RMSNorm")["epsilon"] == np.finfo(np.float32).eps
     assert torch_defaults(nn.InstanceNorm) == dict(epsilon=1e-5, use_scale=False, use_bias=False)
     assert torch_defaults(jnx.BatchNorm)["running_var"] == "unbiased"
-
-
-# --- Files
-
-STATE = {"weight": np.ones((2, 3), np.float32), "bias": np.array([0.5, -2.0], ml_dtypes.bfloat16)}
-
-
-def check_filled(layer):
-    assert layer.kernel[...].tolist() == STATE["weight"].T.tolist()
-    assert layer.bias[...].tolist() == [0.5, -2.0]
-
-
-def test_safetensors_files(tmp_path):
-    pytest.importorskip("safetensors")
-    save_safetensors(STATE, tmp_path / "model.safetensors")
-    check_filled(import_torch(dense(), tmp_path / "model.safetensors", X).model)
-
-
-def write_shards(path, state):
-    """One file for each array, and the index of all."""
-    file_of = {key: f"{key}.npz" for key in state}
-    for key, file in file_of.items():
-        np.savez(path.parent / file, **{key: state[key]})
-    path.write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
-
-
-FILES = {
-    "model.npz": lambda path, state: np.savez(path, **state),
-    "model.safetensors.index.json": write_shards,
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_files_are_known_by_what_is_in_them(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    FILES[name](tmp_path / name, STATE | {"bias": STATE["bias"].astype(np.float32)})
-    (tmp_path / name).rename(tmp_path / "model")
-    check_filled(import_torch(dense(), "~/model", X).model)
-
-
-def test_live_files_of_pytorch(tmp_path):
-    """With dtypes that NumPy has not and parameters that need a gradient; in both of its forms."""
-    torch = pytest.importorskip("torch")
-    weight = torch.nn.Parameter(torch.ones((2, 3), dtype=torch.bfloat16))
-    state = {"weight": weight, "bias": torch.tensor([0.5, -2.0])}
-    paths = [tmp_path / name for name in ("zip.pt", "old.pth")]
-    for path in paths:
-        torch.save(state, path, _use_new_zipfile_serialization=path.name == "zip.pt")
-    float8 = state | {"bias": state["bias"].to(torch.float8_e5m2)}
-    for source in (*paths, float8):
-        check_filled(import_torch(dense(), source, X).model)
-    torch.save({"weight": pathlib.Path("an object")}, paths[0])
-    with pytest.raises(ValueError, match=r"^import_torch: PyTorch does not read"):
-        import_torch(dense(), paths[0], X)
-
-
-# --- Tied weights
-
-KERNEL = np.arange(9, dtype=np.float32).reshape(3, 3)
-
-
-class TiedInside(nnx.Module):
-    """Two layers with one kernel, and a layer that stands in two places; or one of each alone."""
-
-    def __init__(self, is_tied=True, *, rngs):
-        self.a, self.o = (nnx.Linear(3, 3, rngs=rngs) for _ in range(2))
-        self.first = nnx.List([nnx.Linear(3, 3, rngs=rngs)])
-        self.last = nnx.Linear(3, 3, rngs=rngs)
-        if is_tied:
-            self.o.kernel, self.last = self.a.kernel, self.first[0]
-        self.me = self
-
-    def __call__(self, x):
-        return self.last(self.first[0](self.o(self.a(x))))
-
-
-def test_what_is_tied_goes_by_all_its_names():
-    model = shapes_of_nnx(TiedInside)
-    state = {
-        f"{layer}.{name}": leaf
-        for layer in ("a", "o", "first.0", "last")
-        for name, leaf in (("weight", KERNEL), ("bias", np.ones(3, np.float32)))
-    }
-    filled, _ = import_torch(model, state, X)
-    assert filled.o.kernel is filled.a.kernel
-    assert filled.last is filled.first[0]
-    back = export_torch(filled, X)
-    assert back.keys() == state.keys()
-    assert all((back[key] == state[key]).all() for key in state)
-    # One of several names does, in the file and in ours.
-    once = {key: leaf for key, leaf in state.items() if key not in ("a.weight", "first.0.weight")}
-    filled, report = import_torch(model, once, X)
-    assert report.fits
-    assert (filled.a.kernel[...] == KERNEL.T).all()
-    assert export_torch(filled, X, names={"last": "first.0"}).keys() == state.keys() - {
-        "last.weight",
-        "last.bias",
-    }
-    # Of one that is not tied both are made.
-    apart, report = import_flax(shapes_of_nnx(partial(TiedInside, False)), filled, X)
-    assert report.fits
-    for layer in (apart.o, apart.last):
-        assert (layer.kernel[...] == KERNEL.T).all()
-
-
-def test_names_say_what_is_tied_in_the_source():
-    names = {"": Tied(("wte", "lm_head"))}
-    state = {"wte.weight": KERNEL[:2], "wte.bias": KERNEL[0, :2]}
-    state |= {key.replace("wte", "lm_head"): leaf.copy() for key, leaf in state.items()}
-    filled, report = import_torch(dense(), state, X, names=names)
-    assert report.copied["kernel"] == "lm_head.weight"
-    back = export_torch(filled, X, names=names)
-    assert back.keys() == state.keys()
-    assert all((back[key] == state[key]).all() for key in state)
-    with pytest.raises(ValueError, match=r"from 'lm_head\.bias': differs from 'wte\.bias'"):
-        import_torch(dense(), state | {"lm_head.bias": KERNEL[1, :2]}, X, names=names)
