@@ -35,7 +35,7 @@ def traced(model, *args, **call):
     run = model
     if isinstance(model, nn.Module):
         module, variables = model.unbind()
-        run = functools.partial(module.apply, variables)
+        run = functools.partial(module.apply, variables, mutable=["batch_stats"])
     return jax.eval_shape(lambda: run(*args, **call))
 
 
