@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
-from test_fold import FRAMEWORKS, LinenPair, NNXPair, arrays_of, bound, out
-from tool_models import stir, stirred, vector
+from test_fold import FRAMEWORKS, LinenPair, arrays_of, nnx_pair, outs
+from tool_models import drawn, drawn_nnx, vector
 
 import jaxnorm
 from jaxnorm.tools.folding.fold import fold
@@ -19,55 +18,6 @@ from jaxnorm.tools.replacing.replace import replace
 from jaxnorm.tools.replacing.replacements import frozen
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-class ReluDense(nn.Dense):
-    """A layer with something behind it, as users write it."""
-
-    def __call__(self, x):
-        return nn.relu(super().__call__(x))
-
-
-class ReluNorm(nn.BatchNorm):
-    """A norm with something behind it."""
-
-    def __call__(self, x):
-        return nn.relu(super().__call__(x))
-
-
-class NNXReluDense(nnx.Linear):
-    """The twin of `ReluDense`."""
-
-    def __call__(self, x):
-        return nn.relu(super().__call__(x))
-
-
-class NNXReluNorm(nnx.BatchNorm):
-    """The twin of `ReluNorm`."""
-
-    def __call__(self, x):
-        return nn.relu(super().__call__(x))
-
-
-@pytest.mark.parametrize("of", ["layer", "norm"])
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_calls_of_users_are_not_folded(framework, of):
-    """Whether the example shows what they do or not: statistics as made, and an input of zeros."""
-    own, x, rngs = of == "layer", vector(), nnx.Rngs(0)
-    if framework == "linen":
-        layer = (ReluDense if own else nn.Dense)(3)
-        module = LinenPair(layer, (nn.BatchNorm if own else ReluNorm)(use_running_average=True))
-        model = module.bind(module.init(jax.random.key(0), x))
-    else:
-        layer = (NNXReluDense if own else nnx.Linear)(4, 3, rngs=rngs)
-        model = NNXPair(layer, (nnx.BatchNorm if own else NNXReluNorm)(3, rngs=rngs))
-    name = f"{'NNX' if framework == 'nnx' else ''}Relu{'Dense' if own else 'Norm'}"
-    reason = f"{name} has a __call__ of its own, so that it is not known what '{of}' does"
-    for example in (x, jnp.zeros_like(x)):
-        folded = fold(model, example)
-        assert not folded.pairs
-        assert dict(folded.left) == {"norm": reason}
-        np.testing.assert_array_equal(out(folded.model, x), out(model, x))
 
 
 class Domains(nn.Module):
@@ -80,36 +30,43 @@ class Domains(nn.Module):
         return norm(name="second", domain=domain)(nn.Dense(3, name="y")(x), not train)
 
 
-def test_a_norm_folded_for_one_domain_serves_no_other_and_no_training():
+def traced(model, *args, **call):
+    """Calls a model for its errors only."""
+    run = model
+    if isinstance(model, nn.Module):
+        module, variables = model.unbind()
+        run = functools.partial(module.apply, variables, mutable=["batch_stats"])
+    return jax.eval_shape(lambda: run(*args, **call))
+
+
+@pytest.mark.parametrize(("norm", "domain", "other"), [("first", "a", "b"), ("second", "b", "a")])
+def test_a_norm_folded_for_one_domain_serves_no_other_and_no_training(norm, domain, other):
+    """Each norm alone, as the first that raises hides the other."""
     x = vector()
-    module, variables = bound(Domains(), x).unbind()
-    model = module.bind(variables)
-    for domain, other in ("ab", "ba"):
-        folded = fold(model, x, domain)
-        assert set(folded.pairs) == {"first", "second"}
-        with pytest.raises(ValueError, match=f"domain='{other}', but it was folded for '{domain}'"):
-            folded.model(x, other)
-        for norm in ("first", "second"):
-            with pytest.raises(ValueError, match=f"for '{domain}'"):
-                fold(model, x, domain, only=norm).model(x, other)
-        with pytest.raises(ValueError, match="cannot train"):
-            folded.model(x, domain, train=True)
+    folded = fold(drawn(Domains(), x), x, domain, only=norm)
+    assert set(folded.pairs) == {norm}
+    with pytest.raises(ValueError, match=f"domain='{other}', but it was folded for '{domain}'"):
+        traced(folded.model, x, other)
+    with pytest.raises(ValueError, match="cannot train"):
+        traced(folded.model, x, domain, train=True)
 
 
 def test_nnx_norms_folded_for_one_domain_serve_no_other_and_no_training():
-    x, rngs = vector(), nnx.Rngs(0)
-    norm = jaxnorm.nnx.AdaBN(3, domains=("a", "b"), rngs=rngs)
-    model = NNXPair(nnx.Linear(4, 3, rngs=rngs), norm)
+    x = vector()
+    model = nnx_pair(nnx.Linear, jaxnorm.nnx.AdaBN, domains=("a", "b"))
     folded = fold(model, x, domain="b").model
-    np.testing.assert_allclose(folded(x, domain="b"), out(model, x, domain="b"), atol=1e-6)
-    np.testing.assert_allclose(nnx.view(folded, domain="b")(x), folded(x, domain="b"))
+    assert not model.norm.use_running_average  # only the folded model is in inference
+    found, expected = outs(folded, model)(x, domain="b")
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    (by_view,) = outs(nnx.view(folded, domain="b"))(x)
+    np.testing.assert_allclose(by_view, found, atol=1e-6)
     with pytest.raises(ValueError, match="domain='a', but it was folded for 'b'"):
-        folded(x)
+        traced(folded, x)
     with pytest.raises(ValueError, match="cannot train"):
-        folded(x, use_running_average=False, domain="b")
+        traced(folded, x, use_running_average=False, domain="b")
     folded.train()
     with pytest.raises(ValueError, match="cannot train"):
-        folded(x, domain="b")
+        traced(folded, x, domain="b")
 
 
 class Trained(nn.Module):
@@ -124,23 +81,20 @@ class Trained(nn.Module):
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_frozen_norms_are_folded_and_stay_frozen(framework):
-    x, rngs = vector(), nnx.Rngs(0)
+    x = vector()
     if framework == "linen":
-        flat = flatten_dict(Trained().init(jax.random.key(0), x, False))
-        values = unflatten_dict({path: stirred(path[1:], leaf) for path, leaf in flat.items()})
-        model, call = Trained().bind(values), (x, False)
+        model, call = drawn(Trained(), x, train=False), (x, False)
     else:
-        pair = NNXPair(nnx.Linear(4, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs))
-        model, call = stir(pair), (x,)
-    frozen_model = replace(model, frozen(), *call).model
-    folded = fold(frozen_model, *call)
+        model, call = nnx_pair(nnx.Linear, nnx.BatchNorm), (x,)
+    folded = fold(replace(model, frozen(), *call).model, *call)
     assert dict(folded.pairs) == {"norm": "layer"}
-    expected = out(model, *call)
+    (expected,) = outs(model)(*call)
     if framework == "linen":
-        found = folded.model(x, True)
+        module, variables = folded.model.unbind()
+        found = jax.jit(lambda variables: module.apply(variables, x, True))(variables)
     else:
         folded.model.train()
-        found = folded.model(x)
+        found = nnx.jit(lambda model: model(x))(folded.model)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -158,25 +112,24 @@ class Ways(nn.Module):
 def test_another_way_through_a_linen_model_is_an_error_not_a_wrong_result():
     """The twin in NNX is among the mistakes."""
     x = vector()
-    module, variables = bound(Ways(), x).unbind()
-    other = module.init(jax.random.key(1), x, "other")["params"]["other"]
+    module, variables = drawn(Ways(), x).unbind()
+    other = drawn(Ways(), x, way="other").variables["params"]["other"]
     params = {**variables["params"], "other": other}
     folded = fold(module.bind({**variables, "params": params}), x)
     assert dict(folded.pairs) == {"norm": "layer"}
     for way in ("none", "tanh"):
         with pytest.raises(ValueError, match="folded layer 'layer': this call does not hand"):
-            folded.model(x, way)
+            traced(folded.model, x, way)
     with pytest.raises(ValueError, match="folded norm 'norm': its input does not come straight"):
-        folded.model(x, "other")
-    left = fold(bound(Ways(), x), x, "array").left["norm"]
+        traced(folded.model, x, "other")
+    left = fold(drawn(Ways(), x), x, "array").left["norm"]
     assert left == "its input is used as an array on the way to it: cast it by x.astype(dtype)"
 
 
 class Tokens(nnx.Module):
     """Integers in; integers, text and nothing out; a norm that its code asks for options."""
 
-    def __init__(self):
-        rngs = nnx.Rngs(0)
+    def __init__(self, rngs):
         self.embed = nnx.Embed(5, 4, rngs=rngs)
         self.layers = nnx.List(nnx.Linear(4, 4, rngs=rngs) for _ in range(4))
         self.norms = nnx.List(nnx.BatchNorm(4, rngs=rngs) for _ in range(3))
@@ -190,16 +143,23 @@ class Tokens(nnx.Module):
 
 
 def test_integers_text_and_norms_whose_options_are_read():
-    model, tokens = stir(Tokens()), jnp.arange(5)
+    model, tokens = drawn_nnx(Tokens), jnp.arange(5)
     folded = fold(model, tokens)
     assert dict(folded.pairs) == {"norms/0": "layers/0"}
     assert "no attribute 'num_features'" in folded.left["norms/1"]
     assert folded.left["norms/2"] == "the kernel of 'layers/2' is also that of 'layers/3'"
+
+    def classes(model):
+        """By two ways through the model. Text is no result of a compiled function."""
+        results = [model(tokens, shared) for shared in (False, True)]
+        assert [result["text"] for result in results] == ["logits", "logits"]
+        return [result["class"] for result in results]
+
     model.eval()
-    for shared in (False, True):
-        found, expected = folded.model(tokens, shared), model(tokens, shared)
-        np.testing.assert_array_equal(found["class"], expected["class"])
-        assert found["text"] == "logits"
+    found, expected = nnx.jit(lambda *models: [classes(model) for model in models])(
+        folded.model, model
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 class Mixed(nn.Module):
@@ -218,7 +178,7 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize("dtypes", [(jnp.bfloat16, None), (None, jnp.bfloat16)], ids=str)
 def test_the_tolerance_is_that_of_the_dtypes_in_which_is_computed(dtypes):
     x = vector()
-    folded = fold(bound(Mixed(dtypes), x), x)
+    folded = fold(drawn(Mixed(dtypes), x), x)
     assert dict(folded.pairs) == {"norm": "layer"}
     assert folded.difference.relative < 0.02
 
@@ -226,7 +186,7 @@ def test_the_tolerance_is_that_of_the_dtypes_in_which_is_computed(dtypes):
 def test_double_precision_with_statistics_in_single(x64):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)))
     norm = nn.BatchNorm(use_running_average=True, param_dtype=jnp.float64)
-    model = bound(LinenPair(nn.Dense(3, param_dtype=jnp.float64), norm), x)
+    model = drawn(LinenPair(nn.Dense(3, param_dtype=jnp.float64), norm), x)
     dtypes = {leaf.dtype.name for leaf in arrays_of(model)}
     assert dtypes == {"float32", "float64"}
     folded = fold(model, x)

@@ -6,6 +6,7 @@ for each shape, and one import shows what is done with all.
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from tool_models import drawn_nnx
 
 import jaxnorm.nnx as jnx
 from jaxnorm.tools.importing.equinox import import_equinox
@@ -217,7 +219,7 @@ def test_a_wrong_shape_is_never_imported(name):
 
 
 def norm(dtype=jnp.int32):
-    layer = jnx.BatchNorm(2, debias=True, rngs=nnx.Rngs(0))
+    layer = drawn_nnx(partial(jnx.BatchNorm, 2, debias=True))
     layer.updates.set_value(jnp.zeros(2, dtype))
     return layer
 
@@ -232,6 +234,7 @@ STATE = {
 }
 COUNT, VAR, SCALE = "num_batches_tracked", "running_var", "weight"
 float8 = ml_dtypes.float8_e4m3fn
+ROUNDED = "float64 of the source was rounded to the model's float32: 'scale'"
 
 
 @pytest.mark.parametrize(
@@ -265,6 +268,7 @@ def test_values_that_no_layer_has_are_refused(key, value, says):
         (COUNT, np.array(7.0), [7, 7], []),
         (SCALE, np.array([1, 2], ">f4"), [1, 2], []),
         (SCALE, np.array([1.5, 2], float8), [1.5, 2], []),
+        (SCALE, np.full(2, 0.1), np.full(2, 0.1, np.float32), [ROUNDED]),
         (SCALE, np.float32([np.nan, np.inf]), [np.nan, np.inf], ["2 of 2 values are NaN or inf"]),
         (SCALE, np.array([1, np.inf]), [1, np.inf], ["float64 of", "1 of 2 values are NaN or inf"]),
         (VAR, np.float32([1, -1e-6]), [1, np.float32(-1e-6)], ["1 of 2 variances are negative, b"]),

@@ -1,5 +1,7 @@
 """What goes where when a model is filled: names, options, and that nothing is shared."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,14 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tool_models import drawn, drawn_nnx, shapes_of, shapes_of_nnx, values_of
 
 import jaxnorm
-from jaxnorm.tools.importing.names import Stack, names_of
+from jaxnorm.tools.importing.flax import import_flax
+from jaxnorm.tools.importing.names import Stack, Tied, names_of
 from jaxnorm.tools.importing.plan import Source, SourceLayer, import_layers
 from jaxnorm.tools.importing.presets import PRESETS, torch_defaults
+from jaxnorm.tools.importing.torch import export_torch, import_torch
 
 FRAMEWORKS = ("linen", "nnx")
 X = jnp.ones((2, 3))
@@ -60,19 +65,7 @@ class NNXNet(nnx.Module):
 
 
 def net(framework):
-    if framework == "nnx":
-        return NNXNet(nnx.Rngs(0))
-    shapes = jax.eval_shape(Net().init, jax.random.key(0), X)
-    return Net().bind(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
-
-
-def flat(model):
-    """All arrays of a model by their paths, without collections."""
-    if isinstance(model, nnx.Module):
-        state = nnx.to_flat_state(nnx.state(model))
-        return {"/".join(map(str, path)): leaf[...] for path, leaf in state}
-    paths, _ = jax.tree_util.tree_flatten_with_path(model.variables)
-    return {"/".join(key.key for key in path[1:]): leaf for path, leaf in paths}
+    return drawn(Net(), X) if framework == "linen" else drawn_nnx(NNXNet)
 
 
 def arrays_of(model, rename=lambda path: path):
@@ -80,7 +73,7 @@ def arrays_of(model, rename=lambda path: path):
     generator = np.random.default_rng(0)
     return {
         rename(path): generator.uniform(1, 2, leaf.shape).astype(np.float32)
-        for path, leaf in flat(model).items()
+        for path, leaf in values_of(model).items()
     }
 
 
@@ -95,7 +88,7 @@ def filled(model, arrays, run=lambda model: model(X), **options):
 
 
 def check(model, arrays, named=lambda path: path):
-    for path, leaf in flat(model).items():
+    for path, leaf in values_of(model).items():
         assert (leaf == arrays[named(path)]).all(), path
 
 
@@ -148,15 +141,14 @@ class Scanned(nn.Module):
 
 
 def test_layers_are_stacked_along_the_axis_that_is_said():
-    shapes = jax.eval_shape(Scanned().init, jax.random.key(0), X)
-    model = Scanned().bind(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+    model = shapes_of(Scanned(), X)
     arrays = {
         f"{name}/{path.removeprefix('blocks/')}": np.full(np.delete(leaf.shape, 1), i, np.float32)
         for i, name in enumerate("abcd")
-        for path, leaf in flat(model).items()
+        for path, leaf in values_of(model).items()
     }
     new, _ = filled(model, arrays, names={"blocks": Stack(tuple("abcd"), axis=1)})
-    for path, leaf in flat(new).items():
+    for path, leaf in values_of(new).items():
         assert (np.moveaxis(np.asarray(leaf), 1, -1) == np.arange(4)).all(), path
     with pytest.raises(ValueError, match="shapes that differ"):
         filled(model, arrays, names={"blocks": tuple("abcd")})
@@ -181,7 +173,7 @@ def test_everything_that_does_not_fit_is_listed_at_once(framework):
 
     new, report = filled(model, arrays, partial=True)
     assert not report.fits
-    own, got = flat(model), flat(new)
+    own, got = values_of(model), values_of(new)
     kept = {"b1/norm/mean", "head/bias", "b2/dense/kernel"}
     for path in got:
         assert (got[path] == (own if path in kept else arrays)[path]).all(), path
@@ -215,13 +207,13 @@ def test_variables_of_layers_that_are_not_called_are_filled_as_they_are(framewor
 def test_nothing_is_shared(framework):
     model = net(framework)
     arrays = arrays_of(model)
-    before = {path: np.array(leaf) for path, leaf in flat(model).items()}
+    before = {path: np.array(leaf) for path, leaf in values_of(model).items()}
     given = {path: leaf.copy() for path, leaf in arrays.items()}
     new, _ = filled(model, arrays, partial=True)
     for leaf in arrays.values():
         leaf[...] = 7
     check(new, given)
-    for leaf in flat(new).values():
+    for leaf in values_of(new).values():
         leaf.delete()
     check(model, before)
 
@@ -236,7 +228,7 @@ def test_arrays_stay_where_they_were():
     arrays = arrays_of(model)
     with jax.numpy_dtype_promotion("strict"):
         new, _ = filled(model, arrays)
-    assert flat(new)["b1/norm/mean"].sharding == place
+    assert values_of(new)["b1/norm/mean"].sharding == place
     check(new, arrays)
 
 
@@ -252,3 +244,85 @@ def test_presets_name_options_of_our_layers():
     for presets in PRESETS.values():
         for kind, options in presets.items():
             assert getattr(jaxnorm.linen, kind)(**options).epsilon == options["epsilon"]
+
+
+# --- Variables under several names, and of no layer
+
+KERNEL = np.arange(9, dtype=np.float32).reshape(3, 3)
+
+
+class TiedInside(nnx.Module):
+    """Two layers with one kernel, and a layer that stands in two places; or one of each alone."""
+
+    def __init__(self, is_tied=True, *, rngs):
+        self.a, self.o = (nnx.Linear(3, 3, rngs=rngs) for _ in range(2))
+        self.first = nnx.List([nnx.Linear(3, 3, rngs=rngs)])
+        self.last = nnx.Linear(3, 3, rngs=rngs)
+        if is_tied:
+            self.o.kernel, self.last = self.a.kernel, self.first[0]
+        self.me = self
+
+    def __call__(self, x):
+        return self.last(self.first[0](self.o(self.a(x))))
+
+
+def test_what_is_tied_goes_by_all_its_names():
+    model = shapes_of_nnx(TiedInside)
+    state = {
+        f"{layer}.{name}": leaf
+        for layer in ("a", "o", "first.0", "last")
+        for name, leaf in (("weight", KERNEL), ("bias", np.ones(3, np.float32)))
+    }
+    filled, _ = import_torch(model, state, X)
+    assert filled.o.kernel is filled.a.kernel
+    assert filled.last is filled.first[0]
+    back = export_torch(filled, X)
+    assert back.keys() == state.keys()
+    assert all((back[key] == state[key]).all() for key in state)
+    # One of several names does, in the file and in ours.
+    once = {key: leaf for key, leaf in state.items() if key not in ("a.weight", "first.0.weight")}
+    filled, report = import_torch(model, once, X)
+    assert report.fits
+    assert (filled.a.kernel[...] == KERNEL.T).all()
+    assert export_torch(filled, X, names={"last": "first.0"}).keys() == state.keys() - {
+        "last.weight",
+        "last.bias",
+    }
+    # Of one that is not tied both are made.
+    apart, report = import_flax(shapes_of_nnx(partial(TiedInside, False)), filled, X)
+    assert report.fits
+    for layer in (apart.o, apart.last):
+        assert (layer.kernel[...] == KERNEL.T).all()
+
+
+def test_names_say_what_is_tied_in_the_source():
+    names = {"": Tied(("wte", "lm_head"))}
+    state = {"wte.weight": KERNEL[:2], "wte.bias": KERNEL[0, :2]}
+    state |= {key.replace("wte", "lm_head"): leaf.copy() for key, leaf in state.items()}
+    model, x = shapes_of_nnx(partial(nnx.Linear, 3, 2)), jnp.ones((1, 3))
+    filled, report = import_torch(model, state, x, names=names)
+    assert report.copied["kernel"] == "lm_head.weight"
+    back = export_torch(filled, x, names=names)
+    assert back.keys() == state.keys()
+    assert all((back[key] == state[key]).all() for key in state)
+    with pytest.raises(ValueError, match=r"from 'lm_head\.bias': differs from 'wte\.bias'"):
+        import_torch(model, state | {"lm_head.bias": KERNEL[1, :2]}, x, names=names)
+
+
+class WithToken(nn.Module):
+    """A model with a variable of its own, and a layer that no reader knows."""
+
+    @nn.compact
+    def __call__(self, x):
+        token = self.param("token", nn.initializers.zeros, (3,))
+        return nn.Embed(2, 3, name="embed")(x) + token[None]
+
+
+def test_variables_of_unknown_layers_are_named_one_by_one():
+    x = jnp.zeros((1,), jnp.int32)
+    state = {"cls": np.ones(3, np.float32), "e.weight": np.full((2, 3), 2, np.float32)}
+    names = {"token": "cls", "embed/embedding": "e.weight"}
+    filled, _ = import_torch(shapes_of(WithToken(), x), state, x, names=names)
+    params = jax.tree.map(np.asarray, filled.variables["params"])
+    np.testing.assert_array_equal(params["token"], state["cls"])
+    np.testing.assert_array_equal(params["embed"]["embedding"], state["e.weight"])

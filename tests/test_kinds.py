@@ -1,12 +1,13 @@
 """Which method a layer is, ours or Flax's, and its options in our words."""
 
 import dataclasses
+from functools import partial
 
-import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from flax import nnx
+from tool_models import shapes_of, shapes_of_nnx
 
 import jaxnorm
 from jaxnorm.methods import METHODS
@@ -42,7 +43,7 @@ def classes_of(name):
 
 
 def layer_of(framework, cls, **options):
-    return cls(**options) if framework == "linen" else cls(4, rngs=nnx.Rngs(0), **options)
+    return cls(**options) if framework == "linen" else shapes_of_nnx(partial(cls, 4, **options))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -75,12 +76,16 @@ def test_which_norms_keep_statistics():
 
 def test_what_is_no_norm_has_no_method():
     """Layers that normalize weights are none of activations."""
-    rngs = nnx.Rngs(0)
     weights = [method.name for method in METHODS if not issubclass(method.spec, Spec)]
+    linear = partial(nnx.Linear, 4, 4)
+
+    def wrapped(name):
+        return lambda rngs: getattr(jaxnorm.nnx, name)(linear(rngs=rngs), rngs=rngs)
+
     others = [
         *(getattr(jaxnorm.linen, name)(nn.Dense(4)) for name in weights),
-        *(getattr(jaxnorm.nnx, name)(nnx.Linear(4, 4, rngs=rngs), rngs=rngs) for name in weights),
-        *(nn.Dense(4), nnx.Linear(4, 4, rngs=rngs), nn.WeightNorm(nn.Dense(4)), None, 3.0),
+        *(shapes_of_nnx(wrapped(name)) for name in weights),
+        *(nn.Dense(4), shapes_of_nnx(linear), nn.WeightNorm(nn.Dense(4)), None, 3.0),
     ]
     assert len(weights) == 4
     for other in others:
@@ -107,10 +112,9 @@ class NNXNormAndRelu(nnx.BatchNorm):
 def test_a_subclass_that_calls_its_base_is_seen_once(framework):
     x = jnp.ones((4, 3))
     if framework == "linen":
-        module = LinenNormAndRelu()
-        model = module.bind(module.init(jax.random.key(0), x))
+        model = shapes_of(LinenNormAndRelu(), x)
     else:
-        model = NNXNormAndRelu(3, rngs=nnx.Rngs(0))
+        model = shapes_of_nnx(partial(NNXNormAndRelu, 3))
     (calls,) = model_of(model, "test").layers(lambda model: model(x)).values()
     assert len(calls) == 1
     assert not calls_as_its_kind(calls[0].layer)

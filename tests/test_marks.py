@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxnorm.tools.adapter.marks import harvest, mark
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 X = np.arange(1.0, 7.0, dtype=np.float32).reshape(3, 2)
 ZEROS = np.zeros(2, np.float32)
@@ -226,26 +229,23 @@ def assert_places(found, expected):
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
-def test_what_was_marked_is_found_and_the_result_is_the_same(program, quick_compile):
-    out, found = jax.jit(harvest(program.run))(X)
+def test_what_was_marked_is_found_and_the_result_is_the_same(program):
+    (out, found), expected = jax.jit(lambda x: (harvest(program.run)(x), program.run(x)))(X)
     assert_places(found, program.places)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
-        out,
-        jax.jit(program.run)(X),
-    )
+    chex.assert_trees_all_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2])
-def test_every_branch_as_if_it_were_taken(taken, quick_compile):
+def test_every_branch_as_if_it_were_taken(taken):
     run = partial(in_branch, index=taken)
-    out, found = jax.jit(harvest(run, every_branch=True))(X)
+    found_and_expected = jax.jit(lambda x: (harvest(run, every_branch=True)(x), run(x)))
+    (out, found), expected = found_and_expected(X)
     values = (("first", X[0] + 1), ("second", 2 * X[0]), ("third", X[0]))
     assert_places(found, [Place(*each) for each in values])
-    np.testing.assert_allclose(out, run(X))
+    np.testing.assert_allclose(out, expected)
 
 
-def test_values_marked_together_are_mapped_together(quick_compile):
+def test_values_marked_together_are_mapped_together():
     """What depends on no mapped axis and is marked alone is there once."""
     _, (together, alone) = jax.jit(harvest(with_unmapped))(X)
     assert (together.lifted, alone.lifted) == (1, 0)
@@ -254,7 +254,7 @@ def test_values_marked_together_are_mapped_together(quick_compile):
     np.testing.assert_array_equal(alone.values[0], X[1])
 
 
-def test_a_mark_is_the_identity_in_value_and_in_every_derivative(x64, quick_compile):
+def test_a_mark_is_the_identity_in_value_and_in_every_derivative(x64):
     def curve(x, note):
         y = note(jnp.sin(x) * x[0])
         return (note(y**3) * note(x)).sum()
@@ -268,7 +268,7 @@ def test_a_mark_is_the_identity_in_value_and_in_every_derivative(x64, quick_comp
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
-def test_harvested_functions_have_the_derivatives_of_the_function(quick_compile):
+def test_harvested_functions_have_the_derivatives_of_the_function():
     """Those of found values too; unmarked functions keep derivatives of their own."""
 
     @jax.custom_vjp

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from tool_models import stirred_variables, vector
+from tool_models import drawn, drawn_nnx, vector
 
 from jaxnorm import tools
 from jaxnorm.diagnose import report_norms
@@ -115,7 +115,8 @@ WAYS = (of_a_class, of_a_method, of_a_function, of_a_scan)
 def movement(module, variables):
     """Of which blocks the statistics move in training."""
     before = variables["batch_stats"]
-    after = module.apply(variables, X, train=True, mutable="batch_stats")[1]["batch_stats"]
+    train = jax.jit(partial(module.apply, train=True, mutable="batch_stats"))
+    after = train(variables, X)[1]["batch_stats"]
     return {n: bool((after[n]["norm"]["mean"] != before[n]["norm"]["mean"]).any()) for n in before}
 
 
@@ -123,7 +124,7 @@ def movement(module, variables):
 def test_a_frozen_block_stays_and_the_user_s_own_moves(way):
     """One of two blocks that share a trace; and what was traced once is not traced again."""
     module, traced = way()
-    variables = module.init(jax.random.key(0), X)
+    variables = drawn(module, X).variables
     frozen, theirs = tools.freeze(module.bind(variables), X, only="a/*").model.unbind()
     assert movement(frozen, theirs) == {"a": False, "b": True}
     assert movement(module, variables) == {"a": True, "b": True}
@@ -135,7 +136,7 @@ def test_a_frozen_block_stays_and_the_user_s_own_moves(way):
 
 def test_functions_of_jax_that_apply_a_module():
     module, _ = of_other_variables()
-    variables = module.init(jax.random.key(0), X)
+    variables = drawn(module, X).variables
     assert movement(module, variables) == {"a": True}
     frozen = tools.freeze(module.bind(variables), X, only="norm").model.unbind()
     assert movement(*frozen) == {"a": False}
@@ -184,7 +185,7 @@ def test_nnx_functions_keep_models_apart(way):
             for b, old in zip((model.a, model.b), before, strict=True)
         ]
 
-    model = Net(nnx.Rngs(0))
+    model = drawn_nnx(Net)
     frozen = tools.freeze(model, only="a/*").model
     assert moved(frozen) == [False, True]
     assert moved(model) == [True, True]
@@ -210,13 +211,20 @@ TOOLS = {
 }
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+# What the others do goes through what these do: their layers, exchanges and evidence.
+IN_DEFAULT = ("fold", "decay_mask", "replace", "population_stats")
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [pytest.param(t, marks=() if t in IN_DEFAULT else pytest.mark.slow) for t in TOOLS],
+)
 def test_every_tool_sees_blocks_that_share_a_trace(tool):
     """As it sees the same model without traces that are kept, after other runs of it."""
     module, _ = of_a_method()
-    variables = stirred_variables(module, X)
+    variables = drawn(module, X).variables
     expected = TOOLS[tool](plain()[0].bind(variables))
-    module.apply(variables, X)
+    jax.eval_shape(module.apply, variables, X)
     tools.decay_mask(module.bind(variables), X)
     found = TOOLS[tool](module.bind(variables))
     assert jax.tree.structure(found) == jax.tree.structure(expected)

@@ -174,14 +174,46 @@ class NNXBranches(nnx.Module):
 
 
 def stirred(path, leaf):
-    """Values that no initializer gives: statistics and parameters as after training."""
+    """Values that no initializer gives: statistics and parameters as after training.
+
+    Of a shape alone, kernels are drawn as initializers draw them, by their numbers of inputs.
+    """
     generator = np.random.default_rng(sum(map(ord, "/".join(path))))
-    values = generator.normal(size=leaf.shape)
-    if path[-1] in ("var", "scale"):
+    values, name, is_shape = generator.normal(size=leaf.shape), path[-1], not hasattr(leaf, "ravel")
+    if is_shape:
+        name = name.partition("_")[0]  # of a domain: "var_b"
+    if name in ("var", "scale"):
         values = np.exp(values / 2)
-    elif path[-1] not in ("mean", "bias"):
+    elif is_shape and name not in ("mean", "bias"):
+        values /= np.sqrt(values.size / np.atleast_1d(values).shape[-1])
+    elif name not in ("mean", "bias"):
         values = np.asarray(leaf) + 0.1 * values
     return jnp.array(values, leaf.dtype)
+
+
+def shapes_of(module, x, **call):
+    """A Linen module bound to shapes in the place of arrays: enough for what an import fills."""
+    init = partial(module.init, **call)
+    return module.bind(jax.eval_shape(init, jax.random.key(0), x))
+
+
+def shapes_of_nnx(make):
+    """An NNX module with shapes in the place of arrays."""
+    return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+
+
+def drawn(module, x, **call):
+    """A Linen module with variables as after training, whose initializers are not compiled."""
+    return module.bind(_stirred_variables(flatten_dict(shapes_of(module, x, **call).variables)))
+
+
+def drawn_nnx(make):
+    """As `drawn`, of an NNX module."""
+    model = shapes_of_nnx(make)
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.RngState)):
+        is_key = isinstance(variable, nnx.RngKey)
+        variable.set_raw_value(jax.random.key(0) if is_key else jnp.uint32(0))
+    return stir(model)
 
 
 def initial_variables(module, x, **options):
@@ -227,6 +259,14 @@ def stirred_module(make, *options):
     """An NNX module with variables as after training; no two calls share an array."""
     graph, state = _initial_module(make, options)
     return stir(nnx.merge(graph, jax.tree.map(jnp.copy, state)))
+
+
+def values_of(model):
+    """All parameters and statistics by their paths, in Linen without the collections."""
+    if isinstance(model, nnx.Module):
+        flat = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+        return {"/".join(map(str, path)): leaf.get_raw_value() for path, leaf in flat}
+    return {"/".join(path[1:]): leaf for path, leaf in flatten_dict(model.variables).items()}
 
 
 def image(batch=2):
