@@ -1,5 +1,7 @@
 """The layers that draws name, as `modules.Layer`: pure functions, and those of weights as well."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -155,12 +157,15 @@ def weight_layer(draw, w, options):
     call = {"update_stats": True} if draw.projects else {}
 
     def put(tree, values):
-        """The variables with these values, which are known by the ends of their names."""
+        """The variables with these values, which are known by words in their paths.
+
+        What belongs to the kernel has it in its path as well: `scales/('kernel',)` in NNX.
+        """
 
         def value(path, leaf):
-            names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-            (new, *_) = [values[name] for name in names[::-1] if name in values] or [leaf]
-            return new.reshape(leaf.shape).astype(leaf.dtype)
+            words = re.findall(r"[a-z]+", jax.tree_util.keystr(path).replace("scales", "scale"))
+            role = next(name for name in ("scale", "u", "sigma", "kernel") if name in words)
+            return values.get(role, leaf).reshape(leaf.shape).astype(leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(value, tree)
 
