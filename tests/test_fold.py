@@ -22,6 +22,7 @@ from tool_models import (
     drawn,
     drawn_nnx,
     image,
+    values_of,
     vector,
 )
 
@@ -37,22 +38,24 @@ def function_of(model, method="__call__"):
     if isinstance(model, nnx.Module):
         model.eval()
         graph, state = nnx.split(model)
-        return lambda state, *args, **call: getattr(nnx.merge(graph, state), method)(
-            *args, **call
-        ), state
+
+        def run(state, *args, **call):
+            return getattr(nnx.merge(graph, state), method)(*args, **call)
+
+        return run, state
     module, variables = model.unbind()
     return functools.partial(module.apply, method=method), variables
 
 
-def outs(*models):
-    """What several models return in inference, by one program: (*args, **call) -> list."""
+def outs(models, *args, **call):
+    """What several models return in inference, by one program."""
     functions, states = zip(*map(function_of, models), strict=True)
 
     @jax.jit
-    def run(states, args, call):
+    def run(states):
         return [f(state, *args, **call) for f, state in zip(functions, states, strict=True)]
 
-    return lambda *args, **call: run(states, args, call)
+    return run(states)
 
 
 def arrays_of(model):
@@ -127,7 +130,7 @@ def test_folded_models_do_the_same(framework, kind):
     assert dict(folded.left) == left
     assert folded.difference.relative < 1e-5
     other = example(batch=3) + 0.5
-    before, after = outs(model, folded.model)(other)
+    before, after = outs([model, folded.model], other)
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
     programs = []
     for each in (model, folded.model):
@@ -175,7 +178,7 @@ def test_a_folded_model_can_be_folded_again_and_trained_on():
     twice = fold(once.model, x)
     assert dict(twice.pairs) == {"second": "dense"}
     assert not twice.left
-    before, after = outs(model, twice.model)(x)
+    before, after = outs([model, twice.model], x)
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
     module, variables = twice.model.unbind()
     slope = jax.jit(jax.grad(lambda params: module.apply({"params": params}, x).sum()))
@@ -369,16 +372,21 @@ def linen_many(rows, xs):
     return drawn(LinenMany(pairs), xs)
 
 
+def features_of(row, x):
+    """The sizes of the norm's axes in what a layer of NNX makes."""
+    shape = nnx.eval_shape(lambda x: row.nnx(nnx.Rngs(0))(x), x).shape
+    return [shape[axis] for axis in sorted(axis % len(shape) for axis in np.atleast_1d(row.axis))]
+
+
 def nnx_many(rows, xs):
+    features = {name: features_of(row, xs[name]) for name, row in rows.items()}
+
     def make(rngs):
         pairs = {lift: NNXStacked(lift, rngs) for lift in STACKS}
         for name, row in rows.items():
-            layer = row.nnx(rngs)
-            shape = nnx.eval_shape(lambda layer, x: layer(x), layer, xs[name]).shape
             # Flax's norm has features along one axis, ours along several.
-            axes = sorted(axis % len(shape) for axis in np.atleast_1d(row.axis))
-            features = [shape[axis] for axis in axes]
-            pairs[name] = NNXPair(layer, jaxnorm.nnx.BatchNorm(features, axis=row.axis, rngs=rngs))
+            norm = jaxnorm.nnx.BatchNorm(features[name], axis=row.axis, rngs=rngs)
+            pairs[name] = NNXPair(row.nnx(rngs), norm)
         return NNXMany(pairs)
 
     return drawn_nnx(make)
@@ -473,15 +481,10 @@ def test_every_layer_and_norm(framework, name):
 @pytest.mark.parametrize("lift", STACKS)
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_stacks_of_layers_get_a_stack_of_biases(framework, lift):
-    _, folded, _, _, before, after = many(framework, True)
-    if framework == "linen":
-        layer = folded.model.variables["params"][f"pairs_{lift}"]["steps"]["layer"]
-        shapes = [layer[name].shape for name in ("kernel", "bias")]
-    else:
-        layer = folded.model.pairs[lift].steps.layer
-        shapes = [layer.kernel.shape, layer.bias.shape]
-    assert shapes == [(2, 2, 3, 3), (2, 3)]
-    np.testing.assert_allclose(after[lift], before[lift], rtol=1e-5, atol=1e-5)
+    case = many(framework, True)
+    folded = {name: leaf for name, leaf in values_of(case.folded.model).items() if lift in name}
+    assert sorted(leaf.shape for leaf in folded.values()) == [(2, 2, 3, 3), (2, 3)]
+    np.testing.assert_allclose(case.after[lift], case.before[lift], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

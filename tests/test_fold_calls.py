@@ -56,9 +56,9 @@ def test_nnx_norms_folded_for_one_domain_serve_no_other_and_no_training():
     model = nnx_pair(nnx.Linear, jaxnorm.nnx.AdaBN, domains=("a", "b"))
     folded = fold(model, x, domain="b").model
     assert not model.norm.use_running_average  # only the folded model is in inference
-    found, expected = outs(folded, model)(x, domain="b")
+    found, expected = outs([folded, model], x, domain="b")
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    (by_view,) = outs(nnx.view(folded, domain="b"))(x)
+    (by_view,) = outs([nnx.view(folded, domain="b")], x)
     np.testing.assert_allclose(by_view, found, atol=1e-6)
     with pytest.raises(ValueError, match="domain='a', but it was folded for 'b'"):
         traced(folded, x)
@@ -88,7 +88,7 @@ def test_frozen_norms_are_folded_and_stay_frozen(framework):
         model, call = nnx_pair(nnx.Linear, nnx.BatchNorm), (x,)
     folded = fold(replace(model, frozen(), *call).model, *call)
     assert dict(folded.pairs) == {"norm": "layer"}
-    (expected,) = outs(model)(*call)
+    (expected,) = outs([model], *call)
     if framework == "linen":
         module, variables = folded.model.unbind()
         found = jax.jit(lambda variables: module.apply(variables, x, True))(variables)
