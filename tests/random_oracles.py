@@ -126,8 +126,11 @@ def weight_standardization(draw, w, seen, base, weights, running):
 
 def spectral_norm(draw, w, seen, base, weights, running):
     steps = draw.options["n_steps"]
+    size = np.abs(base).max()
+    # Epsilon is added to the squares of small weights once their entries are near 1.
+    near_one = base / size if size < 2**-8 else base
     _, u, _, v = weight_oracles.spectral_norm(
-        base, draw.first_vector, n_steps=steps, epsilon=draw.epsilon
+        near_one, draw.first_vector, n_steps=steps, epsilon=draw.epsilon
     )
     return w / (v @ seen.reshape(-1, seen.shape[-1]) @ u)
 

@@ -41,6 +41,7 @@ def rounded(value, dtype):
 def perturbed(rng, u, function, *arrays):
     """The result of a function of arrays, and how much it changes where these change by u."""
     exact = function(*arrays)
+    u = max(u, float(np.finfo(np.float64).eps))  # half of it would be rounded away here
 
     def change(moved):
         return jax.tree.map(lambda a, b: np.abs(a - b), function(*moved), exact)
