@@ -1,4 +1,4 @@
-"""Mistakes with what studies measure. Part of the table of `test_errors.py`."""
+"""Mistakes with what studies measure. Part of the table of `mistakes`."""
 
 import jax.numpy as jnp
 from mistakes import Row
