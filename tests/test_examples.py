@@ -50,7 +50,7 @@ def test_scripts_are_found():
     assert all('if __name__ == "__main__"' in path.read_text() for path in SCRIPTS.values())
 
 
-@pytest.mark.parametrize("name", set(SCRIPTS) - set(REPRODUCTIONS))
+@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - set(REPRODUCTIONS)))
 def test_what_to_run_first_is_short(name):
     assert len(SCRIPTS[name].read_text().splitlines()) <= 150
 
