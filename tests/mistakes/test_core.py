@@ -2,20 +2,20 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import jaxnorm
 from mistakes import name_error, refused, type_error, value_error, while_tracing
+from mistakes.layers import ones, zeros
 
-X = np.zeros((4, 2, 3), np.float32)
+X = zeros(4, 2, 3)
 
 
 def moments_of(*shape):
-    return jaxnorm.moments(jnp.ones((2, *shape)), axes=0)
+    return jaxnorm.moments(ones(2, *shape), axes=0)
 
 
 def stats_of(*shape):
-    return jaxnorm.Stats(jnp.zeros(shape), jnp.ones(shape))
+    return jaxnorm.Stats(zeros(*shape), ones(*shape))
 
 
 def without_mean():
@@ -27,11 +27,11 @@ def test_shapes_of_statistics_and_parameters():
     with value_error("batch_norm_inference: … mean has shape (2,) … (4, 2, 3) … shape (3,)"):
         jaxnorm.batch_norm_inference(X, stats_of(2))
     with value_error("standardize: … variance has shape (2,) … 3 features along axis 2 … axes=..."):
-        jaxnorm.standardize(X, jaxnorm.Stats(jnp.zeros(3), jnp.ones(2)), axes=(0, 1))
+        jaxnorm.standardize(X, jaxnorm.Stats(zeros(3), ones(2)), axes=(0, 1))
     with value_error("affine: … bias has shape (3,) … (2, 3) features along axes (1, 2)"):
-        jaxnorm.affine(X, bias=jnp.ones(3), axis=(1, 2))
-    with value_error("batch_norm: shift … (3,)"):
-        jaxnorm.batch_norm(jnp.zeros((4, 2, 6)), shift=jnp.zeros(3))
+        jaxnorm.affine(X, bias=ones(3), axis=(1, 2))
+    with value_error("batch_norm: shift … (6,)"):
+        jaxnorm.batch_norm(X, shift=zeros(6))
     with value_error("batch_norm_backward: … dy has shape (2, 3) … x has shape (4, 2, 3)"):
         jaxnorm.batch_norm_backward(X[0], X)
 
@@ -54,7 +54,7 @@ def test_evidence_and_estimates():
     with type_error("batch_norm_inference: needs jaxnorm.Stats, found Moments … moments.stats()"):
         jaxnorm.batch_norm_inference(X, moments_of(3))
     with type_error("standardize: needs jaxnorm.Stats, found tuple"):
-        jaxnorm.standardize(X, (jnp.zeros(3), jnp.ones(3)), axes=(0, 1))
+        jaxnorm.standardize(X, (zeros(3), ones(3)), axes=(0, 1))
     with type_error("bessel: needs jaxnorm.Stats, found Moments"):
         jaxnorm.bessel(moments_of(3), 4)
     with type_error("ema: needs jaxnorm.Stats, found Moments"):
@@ -133,4 +133,4 @@ def test_epsilon():
     with refused(AttributeError, "module 'jaxnorm' … 'batchnorm'"):
         jaxnorm.batchnorm  # noqa: B018
     with name_error("switchable_norm: axis_name='batch' is not bound"):
-        jaxnorm.switchable_norm(X, jnp.ones(3), jnp.ones(3), axis_name="batch")
+        jaxnorm.switchable_norm(X, ones(3), ones(3), axis_name="batch")

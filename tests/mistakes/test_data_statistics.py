@@ -10,12 +10,9 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxnorm
+from jaxnorm.tools import adapt_stats, batch_adapter, freeze, population_stats, tent
 from jaxnorm.tools.adapter.evidence import Collector
 from jaxnorm.tools.adapter.models import model_of
-from jaxnorm.tools.replacing.freeze import freeze
-from jaxnorm.tools.statistics.adapt import adapt_stats, batch_adapter
-from jaxnorm.tools.statistics.population import population_stats
-from jaxnorm.tools.tent import tent
 from mistakes import refused, type_error, value_error, while_tracing, with_values
 
 X = np.array([[1.0, 2.0], [3.0, 5.0]], np.float32)
@@ -51,9 +48,7 @@ def test_batches():
         with value_error("adapt_stats: … arrays … have the shapes … examples=lambda batch: len("):
             adapted([batch], prior_strength=1, call=lambda model, batch: model(X))
 
-
-@with_values
-def test_several_passes():
+    # Several passes.
     with type_error("population_stats: … list_iterator … once … batches=lambda: load()"):
         population(iter([X]), order="layer by layer")
     the_same = iter([X, X])
@@ -64,16 +59,14 @@ def test_several_passes():
 
 
 @with_values
-def test_calls():
+def test_calls_and_options():
     for tool, batch, shown, fix in (
         (population_stats, [(X, np.arange(2))], "(float32[2, 2], int64[2])", "model(batch[0])"),
         (adapt_stats, [{"image": X}], "{image: float32[2, 2]}", "model(batch['image'])"),
         (batch_adapter, np.ones((3, 5), "f"), "float32[3, 5]", "model(batch, train=False)"),
     ):
-        with refused(
-            (TypeError, ValueError),
-            f"{tool.__name__}: model({shown}) raised … . Say how … call=lambda model, batch: {fix}",
-        ):
+        says = f"{tool.__name__}: model({shown}) raised … . Say how … lambda model, batch: {fix}"
+        with refused((TypeError, ValueError), says):
             tool(batch_norm(), batch)
     with type_error("batch_adapter: the call returns str … call= … model(batch)['log"):
         batch_adapter(batch_norm(), X, call=lambda model, x: (model(x), "logits"))(X)
@@ -85,23 +78,14 @@ def test_calls():
             call=lambda model, x: model(x, mask=np.zeros((2, 1), bool)),
         )
 
-
-@with_values
-def test_options():
     with value_error("population_stats: order='sequential' is unknown … order='layer by layer'"):
         population(order="sequential")
     with value_error("population_stats: running_var='sample' … running_var='unbiased', or None"):
         population(running_var="sample")
-    for strength, error in (
-        ("1", TypeError),
-        (None, TypeError),
-        (-1, ValueError),
-        (float("nan"), ValueError),
-    ):
-        with refused(
-            error,
-            f"adapt_stats: prior_strength={strength!r} must be a number from 0 … prior_strength=0",
-        ):
+    for strength in ("1", None, -1, np.nan):
+        error = ValueError if isinstance(strength, int | float) else TypeError
+        says = f"adapt_stats: prior_strength={strength!r} must be a number from 0 … strength=0"
+        with refused(error, says):
             adapted(prior_strength=strength)
 
 
@@ -159,32 +143,29 @@ class Sliced(nn.Module):
         return x
 
 
-def collector(module, x=X):
-    variables = jax.jit(module.init)(jax.random.key(0), x)
-    adapter = model_of(module.bind(variables), "population_stats")
-    return Collector(adapter, lambda model: model(x), "population_stats"), adapter
+def collector(module, x=X, variables_for=None):
+    variables = jax.jit(module.init)(
+        jax.random.key(0), x if variables_for is None else variables_for
+    )
+    model = model_of(module.bind(variables), "population_stats")
+    return Collector(model, lambda model: model(x), "population_stats"), model
 
 
 @with_values
 def test_norms_that_cannot_tell_their_evidence():
     more = np.concatenate([X, X])
     with value_error(
-        "population_stats: the first batch called the norms 'norm0', another 'norm0', 'norm1'. "
-        "Give batches"
+        "population_stats: the first … 'norm0', another 'norm0', 'norm1'. Give batches"
     ):
-        _, adapter = collector(Norms(), more)
-        taken = Collector(adapter, lambda model: model(X), "population_stats")
-        taken.evidence(adapter.arrays, lambda model: model(more))
+        taken, model = collector(Norms(), X, variables_for=more)
+        taken.evidence(model.arrays, lambda model: model(more))
     with value_error("population_stats, '…BatchNorm_0': … computed … its own variables"):
         collector(Computed())
     with type_error("population_stats, '…BatchNorm_0': … come to it as bfloat16 … as they are"):
         collector(Computed(lambda leaf: leaf.astype(jnp.bfloat16)))
     with value_error("population_stats: its calls share a part … Give each layer its own"):
         collector(Sliced(), jnp.ones((2, 3)))
-    with value_error(
-        "population_stats: is a NormAndRelu … only=lambda path: path not in ['']. Or write a "
-        "module … in the place of a subclass"
-    ):
+    with value_error("population_stats: is a NormAndRelu … path not in ['']. Or write a module"):
         collector(NormAndRelu())
 
 

@@ -5,15 +5,14 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 import jaxnorm
-from jaxnorm.diagnose import collectives, norm_kernels
-from jaxnorm.diagnose.norms import NormReport, report_norms
+from jaxnorm.diagnose import NormReport, collectives, norm_kernels, report_norms
 from mistakes import type_error, value_error, while_tracing
+from mistakes.layers import zeros
 
-X = np.zeros((4, 3), np.float32)
+X = zeros(4, 3)
 
 
 @while_tracing
@@ -40,9 +39,11 @@ def test_norms():
 @while_tracing
 def test_kernels():
     uses = "'automatic', 'always', 'never' … the default: 'automatic'"
-    with value_error(f"use_kernels: use='sometimes' is none of {uses}"):
-        with jaxnorm.use_kernels("sometimes"):
-            jaxnorm.layer_norm(X)
+    with (
+        value_error(f"use_kernels: use='sometimes' is none of {uses}"),
+        jaxnorm.use_kernels("sometimes"),
+    ):
+        jaxnorm.layer_norm(X)
     with (
         mock.patch.dict(os.environ, {"JAXNORM_KERNELS": "1"}),
         value_error(f"JAXNORM_KERNELS='1' is none of {uses}"),

@@ -1,50 +1,32 @@
 """Mistakes that can be made at several doors: the function, the Linen layer, the NNX layer."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import errors, nnx
-from flax import linen as nn
 
 import jaxnorm
 from mistakes import refused, while_tracing
+from mistakes.layers import Net
 
 SHAPE = (4, 2, 3)
 
 
-class Net(nn.Module):
-    """A layer inside a model, so that it has a path."""
-
-    norm: nn.Module
-
-    def __call__(self, x, **call):
-        return self.norm(x, **call)
-
-
 class Call(NamedTuple):
-    """How a layer is built and called; each mistake differs in one or two of these.
-
-    Attributes:
-        shape, dtype: of the input.
-        example: dtype of the input by which a Linen module is initialized.
-        mask: shape and dtype of the mask, or None.
-        options: of the constructor.
-        call: arguments of the call.
-        stored: dtype to which stored statistics are cast, or None.
-        mutable: what Linen may change.
-    """
+    """How a layer is built and called; each mistake differs in one or two of these."""
 
     shape: tuple[int, ...] = SHAPE
     dtype: Any = jnp.float32
-    example: Any = jnp.float32
-    mask: tuple[tuple[int, ...], Any] | None = None
+    example: Any = jnp.float32  # Dtype of the input by which a Linen module is initialized.
+    mask: tuple[tuple[int, ...], Any] | None = None  # Shape and dtype.
     options: Mapping[str, Any] = MappingProxyType({})
     call: Mapping[str, Any] = MappingProxyType({"use_running_average": False})
-    stored: Any = None
-    mutable: tuple[str, ...] = ("batch_stats",)
+    stored: Any = None  # Dtype to which stored statistics are cast.
+    mutable: tuple[str, ...] = ("batch_stats",)  # What Linen may change.
 
     def input(self):
         return jnp.zeros(self.shape, self.dtype)
@@ -92,9 +74,12 @@ DOORS = FUNCTION, LINEN, NNX
 def at(doors, error, says, mapped=False, **given):
     """The same mistake at each of the doors; mapped over 4 devices named "batch" if asked."""
     for door in doors:
-        make = lambda _, door=door: door.call(Call(**given))
+        call = partial(door.call, Call(**given))
         with refused(error, f"{door.who}: … {says}"):
-            jax.vmap(make, axis_name="batch")(jnp.arange(4)) if mapped else make(None)
+            if mapped:
+                jax.vmap(lambda _, call=call: call(), axis_name="batch")(jnp.arange(4))
+            else:
+                call()
 
 
 @while_tracing
@@ -106,7 +91,7 @@ def test_correct_calls_raise_nothing():
 
 
 @while_tracing
-def test_number_of_features():
+def test_features_masks_and_axes():
     says = "shape (3,) … (4, 2, 5) has 5 features along axis 2 … scale of shape (5,)"
     at([FUNCTION], ValueError, says, shape=(4, 2, 5))
     says = "'mean' in 'batch_stats' … shape (3,) … shape (5,) … axis="
@@ -114,9 +99,6 @@ def test_number_of_features():
     says = "(4, 2, 5) has 5 features along axis 2 … num_features=5 … axis="
     at([NNX], ValueError, says, shape=(4, 2, 5))
 
-
-@while_tracing
-def test_masks():
     # As long as the features, but without their axis.
     says = "mask of shape (3, 3) … (3, 3, 3) in 2 ways … mask[..., None] or mask[None, ."
     at(DOORS, ValueError, says, shape=(3, 3, 3), mask=((3, 3), bool))
@@ -126,9 +108,6 @@ def test_masks():
     at(DOORS, ValueError, says, mask=((4, 1, 2), bool))
     at(DOORS, TypeError, "mask is complex64 … mask.real", mask=((4, 2, 1), complex))
 
-
-@while_tracing
-def test_axes():
     at(DOORS, ValueError, "axis=3 … 3 axes … from -3 to 2", options={"axis": 3})
     at(DOORS, ValueError, "axis=-1 … 0 axes … x[None]", shape=())
     says = "axis=(2, -1) … they are (2, 2) … axis=(2,)"
@@ -193,9 +172,7 @@ def test_running_statistics():
         says = f"update_every={value!r} must be an integer … update_every=1 … MultiSteps"
         at(LAYERS, TypeError, says, options={"update_every": value})
 
-
-@while_tracing
-def test_training_or_inference():
+    # Training or inference.
     says = "use_running_average is missing … use_running_average=False to train"
     at(LAYERS, ValueError, says, options={"use_running_average": None}, call={})
     says = "update_stats=True … use_running_average=True … Drop one"

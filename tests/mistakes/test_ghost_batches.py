@@ -4,13 +4,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
 import jaxnorm
 from mistakes import name_error, type_error, value_error, while_tracing
+from mistakes.layers import linen_layer, nnx_layer, zeros
 
-X = np.zeros((6, 2, 3), np.float32)
+X = zeros(6, 2, 3)
 GROUPS_OF_DEVICES = {"axis_name": "d", "axis_index_groups": [[0], [1]]}
 
 
@@ -30,28 +29,20 @@ def exported(function, shape):
     jax.export.export(jax.jit(function))(jax.ShapeDtypeStruct(sizes, jnp.float32))
 
 
-def linen(method="BatchNorm", **options):
-    getattr(jaxnorm.linen, method)(**options).init(jax.random.key(0), X)
-
-
-def of_nnx(method="BatchNorm", **options):
-    return getattr(jaxnorm.nnx, method)(3, rngs=nnx.Rngs(0), **options)
-
-
 @while_tracing
 def test_sizes():
     for size in (2.0, True, None, "many"):
         with type_error(f"ghost_batches: the size {size!r} … must be an integer … Use 32"):
             by_groups(size)
     with type_error("BatchNorm: the size '2' of ghost batches must be an integer"):
-        linen(ghost_batch_size="2", use_running_average=False)
+        linen_layer("BatchNorm", X, train=True, ghost_batch_size="2")
     with type_error("BatchNorm(num_features=3): the size '2' of ghost batches must be an integer"):
-        of_nnx(ghost_batch_size="2")
+        nnx_layer("BatchNorm", 3, ghost_batch_size="2")
     for size in (0, -2):
         with value_error(f"ghost_batches: ghost batches of {size} examples hold nothing … Use 32"):
             by_groups(size)
     with value_error("IterNorm(num_features=3): ghost batches of 0 examples"):
-        of_nnx("IterNorm", ghost_batch_size=0)
+        nnx_layer("IterNorm", 3, ghost_batch_size=0)
 
 
 @while_tracing
@@ -66,7 +57,7 @@ def test_examples_that_do_not_divide():
     with value_error(f"{on_each} of 18 … Use 24, or"):
         on_devices(18)
     with value_error("SwitchableNorm(num_features=3): 6 examples do not make ghost batches of 4"):
-        of_nnx("SwitchableNorm", ghost_batch_size=4)(X)
+        nnx_layer("SwitchableNorm", 3, ghost_batch_size=4)(X)
 
     with value_error("batch_norm: b examples, a symbolic size, … of 2 … symbolic_shape('2*b,"):
         exported(partial(by_groups, 2), "b, 5, 6")
@@ -88,10 +79,11 @@ def test_axes():
     with value_error(f"batch_norm: {and_groups}"):
         by_groups(2, axis_index_groups=[[0, 1]])
     with value_error(f"BatchNorm: {and_groups}"):
-        linen(ghost_batch_size=2, use_running_average=False, **GROUPS_OF_DEVICES)
+        linen_layer("BatchNorm", X, train=True, ghost_batch_size=2, **GROUPS_OF_DEVICES)
     with value_error(f"BatchNorm(num_features=3): {and_groups}"):
-        of_nnx(ghost_batch_size=2, **GROUPS_OF_DEVICES)
+        nnx_layer("BatchNorm", 3, ghost_batch_size=2, **GROUPS_OF_DEVICES)
 
-    for who, make in (("InstanceNorm", linen), ("InstanceNorm(num_features=3)", of_nnx)):
-        with value_error(f"{who}: ghost_batch_size=2 would group examples … Drop it"):
-            make("InstanceNorm", ghost_batch_size=2)
+    with value_error("InstanceNorm: ghost_batch_size=2 would group examples … Drop it"):
+        linen_layer("InstanceNorm", X, ghost_batch_size=2)
+    with value_error("InstanceNorm(num_features=3): ghost_batch_size=2 would group … Drop it"):
+        nnx_layer("InstanceNorm", 3, ghost_batch_size=2)

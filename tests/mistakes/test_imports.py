@@ -1,4 +1,4 @@
-"""Mistakes with the import from PyTorch and from other frameworks."""
+"""Mistakes with imports from PyTorch and other frameworks, and with exports to PyTorch."""
 
 import io
 import pathlib
@@ -14,15 +14,20 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxnorm
-from jaxnorm.tools.importing.equinox import import_equinox
-from jaxnorm.tools.importing.flax import import_flax
-from jaxnorm.tools.importing.haiku import import_haiku
-from jaxnorm.tools.importing.keras import import_keras
-from jaxnorm.tools.importing.names import Stack
-from jaxnorm.tools.importing.presets import keras_defaults, torch_defaults
-from jaxnorm.tools.importing.torch import import_torch
+from jaxnorm.tools import (
+    Stack,
+    export_torch,
+    import_equinox,
+    import_flax,
+    import_haiku,
+    import_keras,
+    import_torch,
+    keras_defaults,
+    save_safetensors,
+    torch_defaults,
+)
 from mistakes import import_error, refused, type_error, value_error, while_tracing, with_values
-from mistakes.models import Image, Pair, Tied, ones, scanned, shaped
+from mistakes.layers import ones, shaped
 
 X = ones(1, 3)
 STATE = {
@@ -41,8 +46,63 @@ WRONG = {
 }
 
 
+class Pair(nn.Module):
+    """A dense layer and a norm."""
+
+    norm: type = jaxnorm.linen.BatchNorm
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(2, name="dense")(x)
+        return self.norm(use_running_average=True, name="norm")(x)
+
+
+class Image(nn.Module):
+    """A norm over whole images, of equal sizes along all axes."""
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"reduction_axes": (1, 2), "feature_axes": (1, 2)}
+        return jaxnorm.linen.LayerNorm(epsilon=1e-5, name="norm", **options)(x)
+
+
+class Tied(nnx.Module):
+    """Two layers with one kernel."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.a, self.b = (nnx.Linear(3, 3, use_bias=False, rngs=rngs) for _ in range(2))
+        self.b.kernel = self.a.kernel
+
+    def __call__(self, x):
+        return self.b(self.a(x))
+
+
+class Scanned(nn.Module):
+    """Three dense layers in one."""
+
+    @nn.compact
+    def __call__(self, x):
+        step = nn.scan(
+            lambda layer, x, _: (layer(x), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        return step(nn.Dense(3, name="dense"), x, None)[0]
+
+
+def scanned():
+    arrays = {"kernel": ones(3, 3, 3), "bias": ones(3, 3)}
+    return Scanned().bind({"params": {"dense": arrays}})
+
+
 def pair(**options):
     return shaped(Pair(**options), X)
+
+
+def norm():
+    return shaped(jaxnorm.linen.BatchNorm(use_running_average=True), X)
 
 
 def import_pair(state=STATE, **options):
@@ -62,9 +122,6 @@ def test_state_dicts():
     # As `np.savez` leaves bfloat16.
     with type_error("import_torch: 'norm.bias' has the dtype |V2 … .view(ml_dtypes.bfloat16)"):
         import_pair(STATE | {"norm.bias": np.zeros(2, "V2")})
-
-
-# Files
 
 
 def from_file(name, content=b"", without=(), **others):
@@ -91,7 +148,7 @@ def torch_archive():
 
 
 @while_tracing
-def test_files_and_the_libraries_that_read_them():
+def test_files():
     with import_error("import_torch: … needs safetensors … pip install safetensors"):
         from_file("model.safetensors", b"\0" * 8 + b"{", ["safetensors", "safetensors.numpy"])
     with value_error("import_torch: safetensors cannot read … model.safetensors'"):
@@ -109,19 +166,12 @@ def test_files_and_the_libraries_that_read_them():
     ):
         from_file("model.pt", torch_archive())
 
-
-@while_tracing
-def test_files():
     with refused(FileNotFoundError, "import_torch: there is no file '/ … no such model.pt'"):
         import_pair("~/no such model.pt")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        value_error(
-            "import_torch: … is a directory, with the files [' … torch.npz'] … .index.json"
-        ),
-    ):
+    with tempfile.TemporaryDirectory() as folder:
         (pathlib.Path(folder) / "torch.npz").touch()
-        import_pair(pathlib.Path(folder))
+        with value_error("import_torch: … is a directory, … ['…torch.npz'] … .index.json"):
+            import_pair(pathlib.Path(folder))
     with value_error("import_torch: … model.h5' is none of .safetensors, … give arrays by name"):
         from_file("model.h5", b"\x89HDF")
     with value_error("import_torch: … model.npz' cannot be read without running code … np.savez"):
@@ -131,9 +181,6 @@ def test_files():
     with value_error("import_torch: … index.json' names ['a.weight'] … anew"):
         index = b'{"weight_map": {"a.weight": "shard"}}'
         from_file("model.index.json", index, shard=npz(b=ones(2)))
-
-
-# Arrays that do not fit
 
 
 @while_tracing
@@ -156,7 +203,7 @@ def test_everything_that_does_not_fit_at_once():
     with value_error(
         "import_keras: … not used (1): 'betta' (3,) … not filled (2): 'bias' … 'var' … "
         "shapes that differ (1): 'scale' float32(3,) from 'gamma' float32(2,) … "
-        "options that differ (1): epsilon is 1e-05, the source's 0.001 … keras_defaults('BatchNorm')"
+        "options that differ (1): epsilon is 1e-05, the source's 0.001 … keras_defaults('Batch"
     ):
         import_keras(norm(), {"gamma": ones(2), "betta": ones(3), "moving_mean": ones(3)}, X)
 
@@ -173,9 +220,7 @@ def test_everything_that_does_not_fit_at_once():
         (2, {"weight_g": ones(1, 3), "weight_v": ones(3, 3)}),
         (3, {"weight_orig": ones(3, 3), "weight_u": ones(2), "weight_v": ones(3)}),
     ):
-        with value_error(
-            f"import_torch: keys of the source that were not used ({count}) … not filled (1): 'k"
-        ):
+        with value_error(f"import_torch: … not used ({count}) … not filled (1): 'k"):
             import_torch(Tied().a, state, X)
     with value_error("import_torch: … not used (1): 'dense.weight' (3, 3, 3); … not filled (2)"):
         import_torch(scanned(), {"dense.weight": ones(3, 3, 3)}, X)
@@ -199,15 +244,10 @@ def import_image(features, example):
 
 @while_tracing
 def test_layouts_of_channels():
-    with value_error(
-        "import_torch: layouts that are not said (1): 'norm': its features (4, 4) … "
-        "channels_first={'norm': True} or False"
-    ):
+    says = "channels_first={'norm': True} or False"
+    with value_error(f"import_torch: layouts … (1): 'norm': its features (4, 4) … {says}"):
         import_image((4, 4), (4, 4))
-    with value_error(
-        "import_torch: shapes that differ … layouts that are not said … "
-        "channels_first={'norm': True}"
-    ):
+    with value_error(f"import_torch: shapes that differ … layouts that are not said … {says}"):
         import_image((3, 4), (4, 3))
     for shape in (True, (2, 2)):
         with value_error("import_torch: channels_first={'dense': … 3 inputs … (channels, height"):
@@ -222,11 +262,8 @@ def test_layouts_of_channels():
         import_equinox(dense, {"weight": ones(2, 3)}, None, X, channels_first={"": (3, 2, 2)})
 
 
-# Names and options
-
-
 @while_tracing
-def test_names():
+def test_names_and_options():
     with type_error("import_torch: names=['dense'] is neither a mapping nor a function … names={"):
         import_pair(names=["dense"])
     for given, names in ((3, {"dense": 3}), (None, lambda path: None)):
@@ -237,9 +274,6 @@ def test_names():
     with value_error("import_flax: scans names ['layers'], where the model has nothing"):
         import_flax(norm(), {"params": {}}, X, scans={"layers": (0, 1)})
 
-
-@while_tracing
-def test_options_of_the_source():
     for source in ("torchvision", {"epsilon": 1e-3}):
         with type_error("import_torch: source= … says no options … source='same'"):
             import_pair(source=source)
@@ -256,11 +290,19 @@ def test_options_of_the_source():
         keras_defaults(nn.Dense)
 
 
-# Variables of other frameworks
+class SameNames:
+    """A model of Keras, two layers of which have one name."""
 
+    class Variable:
+        path = "d/kernel"
 
-def norm():
-    return shaped(jaxnorm.linen.BatchNorm(use_running_average=True), X)
+        def __array__(self, dtype=None, copy=None):
+            return ones(3)
+
+    variables = (Variable(), Variable())
+
+    def _flatten_layers(self):
+        return []
 
 
 @while_tracing
@@ -284,24 +326,6 @@ def test_variables():
     with value_error("import_flax: the Linen module BatchNorm has no variables … bind(variables)"):
         import_flax(norm(), nn.BatchNorm(), X)
 
-
-class SameNames:
-    """A model of Keras, two layers of which have one name."""
-
-    class Variable:
-        path = "d/kernel"
-
-        def __array__(self, dtype=None, copy=None):
-            return ones(3)
-
-    variables = (Variable(), Variable())
-
-    def _flatten_layers(self):
-        return []
-
-
-@while_tracing
-def test_two_arrays_of_one_name():
     one = ones(3)
     with value_error("import_keras: 'd/kernel' … [0] (3,) and variables[1] (3,) … Rename one"):
         import_keras(norm(), SameNames(), X)
@@ -311,3 +335,38 @@ def test_two_arrays_of_one_name():
         import_haiku(norm(), {"bn": {"scale": one}}, {"bn": {"scale": one}}, X)
     with value_error("import_flax: 'a' … 'params/a' … 'batch_stats/a' … Rename one"):
         import_flax(norm(), {"params": {"a": one}, "batch_stats": {"a": one}}, X)
+
+
+@while_tracing
+def test_exports():
+    rngs = nnx.Rngs(0)
+    spectral = jaxnorm.nnx.SpectralNorm(nnx.Linear(3, 2, rngs=rngs), rngs=rngs)
+    with value_error("export_torch: 1 layers … 'layer_instance' (Dense with … kernel/u). Exchange"):
+        export_torch(spectral, X)
+
+    # One name for three layers, and two.
+    for name in ("fc", ("a", "b")):
+        with value_error("export_torch: '…' of 'dense' is (3 …, of which names= … makes … names={"):
+            export_torch(scanned(), X, names={"dense": name})
+    weights = {"kernel": ones(3, 3), "bias": ones(3)}
+    two = nn.Sequential([nn.Dense(3), nn.Dense(3)])
+    two = two.bind({"params": {"layers_0": weights, "layers_1": weights}})
+    with value_error("export_torch: 'fc.… would hold two … 'layers_1' … names={"):
+        export_torch(two, X, names=lambda path: "fc")
+    with value_error("export_torch: channels_first names ['head']"):
+        export_torch(shaped(Pair(), X), X, channels_first={"head": (1, 3)})
+
+    def export_image(*shape, **options):
+        arrays = {"scale": ones(*shape), "bias": ones(*shape)}
+        export_torch(Image().bind({"params": {"norm": arrays}}), ones(1, *shape), **options)
+
+    with value_error("export_torch: … (4, 4) of 'norm' … channels_first={'norm': True} or False"):
+        export_image(4, 4)
+    with value_error("export_torch: channels_first={'norm': (5, 5)} … 12 features … (channels"):
+        export_image(4, 3, channels_first={"norm": (5, 5)})
+
+    with (
+        mock.patch.dict(sys.modules, {"safetensors.numpy": None, "safetensors": None}),
+        import_error("save_safetensors: … needs safetensors"),
+    ):
+        save_safetensors({"bias": ones(2)}, "model.safetensors")

@@ -1,17 +1,16 @@
 """Mistakes with the options of one method each, and with the layers of one framework."""
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import nnx
 
 import jaxnorm
 from mistakes import type_error, value_error, while_tracing
+from mistakes.layers import linen_layer, nnx_layer, ones, zeros
 
-X = np.zeros((4, 2, 6), np.float32)
+X = zeros(4, 2, 6)
 DOMAINS = ("photos", "sketches")
-WEIGHTS = np.ones(3, np.float32)
+WEIGHTS = ones(3)
 
 
 class Plain(nn.Module):
@@ -23,19 +22,7 @@ class Plain(nn.Module):
 
 
 def stats_of(features=6):
-    return jaxnorm.Stats(jnp.zeros(features), jnp.ones(features))
-
-
-def linen_layer(name, *call, x=X, train=False, domain=None, **options):
-    """Initializes a Linen layer, for training where it has that choice."""
-    if train:
-        options["use_running_average"] = False
-    domain = {} if domain is None else {"domain": domain}
-    return getattr(jaxnorm.linen, name)(**options).init(jax.random.key(0), x, *call, **domain)
-
-
-def nnx_layer(name, *arguments, **options):
-    return getattr(jaxnorm.nnx, name)(*arguments, rngs=nnx.Rngs(0), **options)
+    return jaxnorm.Stats(zeros(features), ones(features))
 
 
 def train_linen(variables, name="BatchNorm", **options):
@@ -45,10 +32,10 @@ def train_linen(variables, name="BatchNorm", **options):
 
 
 @while_tracing
-def test_group_norm():
+def test_group_and_instance_norm():
     for who, call in (
         ("group_norm", lambda **options: jaxnorm.group_norm(X, **options)),
-        ("GroupNorm", lambda **options: linen_layer("GroupNorm", **options)),
+        ("GroupNorm", lambda **options: linen_layer("GroupNorm", X, **options)),
         ("GroupNorm(num_features=6)", lambda **options: nnx_layer("GroupNorm", 6, **options)(X)),
     ):
         with value_error(f"{who}: 6 features … num_groups=4 … divisor"):
@@ -62,19 +49,16 @@ def test_group_norm():
         with value_error(f"{who}: num_groups=None and group_size=None"):
             call(num_groups=None)
     with value_error("GroupNorm: reduction_axes=(1,) must include the feature axis 2 … (1, 2)"):
-        linen_layer("GroupNorm", num_groups=2, reduction_axes=1)
+        linen_layer("GroupNorm", X, num_groups=2, reduction_axes=1)
 
-
-@while_tracing
-def test_instance_norm():
     with value_error("instance_norm: axis 0 … (4, 2, 6) … batch_axis"):
         jaxnorm.instance_norm(X, axis=0)
     with value_error("InstanceNorm: feature_axes=(0, 2) … 3 axes … feature_axes=-1"):
-        linen_layer("InstanceNorm", feature_axes=(0, 2))
+        linen_layer("InstanceNorm", X, feature_axes=(0, 2))
     with value_error("InstanceNorm: use_running_average is missing"):
-        linen_layer("InstanceNorm", track_running_stats=True)
+        linen_layer("InstanceNorm", X, track_running_stats=True)
     with value_error("InstanceNorm: feature_axes=-1 … 1 axes … x[None]."):
-        linen_layer("InstanceNorm", x=X[0, 0])
+        linen_layer("InstanceNorm", X[0, 0])
     with value_error("InstanceNorm(num_features=6): update_every=4 … track_running_stats=True"):
         nnx_layer("InstanceNorm", 6, update_every=4)
 
@@ -82,12 +66,12 @@ def test_instance_norm():
 @while_tracing
 def test_layer_norm():
     with value_error("LayerNorm: reduction_axes=3 … 3 axes"):
-        linen_layer("LayerNorm", reduction_axes=3)
+        linen_layer("LayerNorm", X, reduction_axes=3)
     with value_error("LayerNorm(num_features=5): … num_features=(2, 6) … feature_axes"):
         nnx_layer("LayerNorm", 5, feature_axes=(1, 2))(X)
     for kind, value in (("NoneType", None), ("str", "x"), ("list", [[1.0], [2.0, 3.0]])):
         with type_error(f"LayerNorm: the input is {kind}, which is no array … Pass an array"):
-            linen_layer("LayerNorm", x=value)
+            linen_layer("LayerNorm", value)
     with type_error("RMSNorm(num_features=6): bias_metadata={'a': 1} … no bias … Drop"):
         nnx_layer("RMSNorm", 6, bias_metadata={"a": 1})
 
@@ -96,15 +80,15 @@ def test_layer_norm():
 def test_batch_norm():
     # No part of a model, so that it has no path.
     with value_error("BatchNorm: … use_running_average"):
-        linen_layer("BatchNorm")
+        linen_layer("BatchNorm", X)
     with type_error("BatchNorm: takes num_features as positional arguments, found 2 … rngs=rngs"):
         jaxnorm.nnx.BatchNorm(3, nnx.Rngs(0))
     with type_error("BatchNorm(num_features=6): momentum='a' must be a number … momentum=0.99"):
         nnx_layer("BatchNorm", 6, momentum="a")
-    checkpoint = linen_layer("BatchNorm", train=True)
+    checkpoint = linen_layer("BatchNorm", X, train=True)
     with value_error("BatchNorm: … debias=True … no 'updates' … jnp.full((6,), n, jnp.float32)"):
         train_linen(checkpoint, debias=True)
-    counting = linen_layer("BatchNorm", train=True, update_every=300)
+    counting = linen_layer("BatchNorm", X, train=True, update_every=300)
     pending = counting["batch_stats"]["pending_batches"].astype(jnp.bfloat16)
     counting["batch_stats"] |= {"pending_batches": pending}
     with value_error("BatchNorm: update_every=300 … bfloat16 … to 256. … .astype(jnp.float32"):
@@ -120,9 +104,9 @@ def test_batch_renorm():
     with value_error("BatchRenorm(num_features=3): dmax=-1.0 must be 0 or more"):
         nnx_layer("BatchRenorm", 3, dmax=-1.0)
     with type_error("BatchRenorm: rmax='3' must be a number … rmax=3.0"):
-        linen_layer("BatchRenorm", train=True, rmax="3")
+        linen_layer("BatchRenorm", X, train=True, rmax="3")
     with value_error("BatchRenorm: running_var='unbiased' … running_var='biased'"):
-        linen_layer("BatchRenorm", train=True, running_var="unbiased")
+        linen_layer("BatchRenorm", X, train=True, running_var="unbiased")
     with value_error("batch_renorm: the mean has shape (2,) … 6 features"):
         jaxnorm.batch_renorm(X, stats_of(2), rmax=3.0, dmax=5.0)
 
@@ -136,7 +120,7 @@ def test_adabn():
     with type_error("adabn: needs … each domain … found Stats … {'b': jaxnorm.Stats"):
         jaxnorm.adabn(X, stats_of(), domain="b")
     with value_error("AdaBN: domain='films' is unknown … 'photos', 'sketches'"):
-        linen_layer("AdaBN", domains=DOMAINS, domain="films", train=True)
+        linen_layer("AdaBN", X, train=True, call={"domain": "films"}, domains=DOMAINS)
     with value_error("AdaBN(num_features=6): domain='films' is unknown … 'photos', 'sketches'"):
         nnx_layer("AdaBN", 6, domains=DOMAINS)(X, domain="films")
     with type_error("AdaBN(num_features=6): use_running_average='b' must be … domain='b'"):
@@ -147,7 +131,7 @@ def test_adabn():
         (("a", "b", "a"), "domains=('a', 'b', 'a') … =('a', 'b')"),
     ):
         with value_error(f"AdaBN: {says}"):
-            linen_layer("AdaBN", domains=domains, train=True)
+            linen_layer("AdaBN", X, domains=domains, train=True)
 
 
 @while_tracing
@@ -156,7 +140,7 @@ def test_adabn_of_a_checkpoint_without_the_domain():
         layer = jaxnorm.linen.AdaBN(domains=DOMAINS, **options)
         layer.apply(variables, X, not train, domain="sketches", mutable=["batch_stats"])
 
-    checkpoint = linen_layer("BatchNorm", train=True)
+    checkpoint = linen_layer("BatchNorm", X, train=True)
     with value_error("AdaBN: 'batch_stats' has no 'mean_sketches' … average=False, domain='sket"):
         sketches(checkpoint, train=False)
     with value_error("AdaBN: 'params' has no 'scale_sketches' … 'sketches' … copy of 'scale'"):
@@ -177,7 +161,7 @@ def test_switchable_norm_and_ibn():
     with value_error("ibn_a: axis=(1, 2) names 2 feature axes"):
         jaxnorm.ibn_a(X, axis=(1, 2))
     with value_error("IBNa: ratio=0.05 of 6 features gives 0 to instance norm and 6 … ratio=0.5"):
-        linen_layer("IBNa", train=True, ratio=0.05)
+        linen_layer("IBNa", X, train=True, ratio=0.05)
     with value_error("ibn_b: a shortcut of shape (4, 2, 1) … shape (4, 2, 6) … 1 x 1 convolution"):
         jaxnorm.ibn_b(X, X[..., :1])
 

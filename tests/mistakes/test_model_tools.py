@@ -7,16 +7,23 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxnorm
+from jaxnorm.tools import (
+    decay_mask,
+    fold,
+    fold_pair,
+    freeze,
+    ghost,
+    norm_labels,
+    norm_mask,
+    replace,
+    to,
+)
 from jaxnorm.tools.adapter.models import model_of
-from jaxnorm.tools.folding.fold import fold
-from jaxnorm.tools.folding.fold_pair import fold_pair
-from jaxnorm.tools.replacing.freeze import decay_mask, freeze, norm_labels, norm_mask
 from jaxnorm.tools.replacing.frozen import frozen_layer
-from jaxnorm.tools.replacing.replace import replace
-from jaxnorm.tools.replacing.replacements import ghost, to
 from mistakes import refused, type_error, value_error, while_tracing, with_values
+from mistakes.layers import bound, ones
 
-X = np.ones((2, 3), np.float32)
+X = ones(2, 3)
 
 
 def batch_norm(features=3):
@@ -33,15 +40,6 @@ def linear():
 
 def model(*layers):
     return nnx.Sequential(linear(), *layers)
-
-
-def bound(module=None):
-    """A Linen model with its variables."""
-    module = module or nn.BatchNorm(use_running_average=True)
-    return module.bind(module.init(jax.random.key(0), X))
-
-
-# What is given as a model
 
 
 class Coder(nn.Module):
@@ -66,30 +64,18 @@ def test_models():
         ("State", nnx.state(norm)),
         (type(nnx.BatchNorm).__name__, nnx.BatchNorm),
     ):
-        with type_error(
-            f"fold: found {found}, but needs a model with its variables … nnx.Module … "
-            "fold(model.bind(variables), ...)"
-        ):
+        with type_error(f"fold: found {found}, … nnx.Module … fold(model.bind(variables), ...)"):
             model_of(given, "fold")
     with value_error("fold: … BatchNorm has no variables … fold(batchnorm.bind(variables), ...)"):
         model_of(nn.BatchNorm(), "fold")
     endless = {"scale": X}
     endless["again"] = endless
-    with value_error(
-        "fold: a dictionary among the variables of BatchNorm contains itself … "
-        "fold(model.bind({'params': params}), ...)"
-    ):
+    with value_error("fold: … BatchNorm contains itself … model.bind({'params': params}), ...)"):
         model_of(nn.BatchNorm().bind({"params": endless}), "fold")
-    coder = model_of(bound(Coder()), "replace")
-    with refused(
-        AttributeError,
-        "encode: layers of this Coder were exchanged … "
-        "module.apply(variables, 'encode', ..., method='call')",
-    ):
+    coder = model_of(bound(Coder(), X), "replace")
+    says = "encode: … this Coder were exchanged … module.apply(variables, 'encode', ..., method="
+    with refused(AttributeError, says):
         coder.rebuilt(coder.arrays, {("norm",): nn.LayerNorm()}).encode(X)
-
-
-# Freezing, and choosing norms
 
 
 class Skipping(nn.Module):
@@ -102,23 +88,19 @@ class Skipping(nn.Module):
 
 
 @while_tracing
-def test_choosing_norms():
+def test_freezing_and_choosing_norms():
     norms = nnx.List([batch_norm(), layer_norm()])
     with value_error("norm_mask: ['second'] … like norms … train=True … only=lambda path"):
-        norm_mask(bound(Skipping()), X)
+        norm_mask(bound(Skipping(), X), X)
     for tool in (freeze, norm_mask, norm_labels, decay_mask):
         name = tool.__name__
         with value_error(f"{name}: … Coder without a call … {name}(model.bind(variables), x)"):
-            tool(bound(Coder()))
+            tool(bound(Coder(), X))
     with type_error("freeze: only=['0'] must be a pattern … only='block1/*'"):
         freeze(norms, only=["0"])
     with value_error("norm_mask: only='block/*' chooses none of the norms ['0', '1'] … only='*'"):
         norm_mask(norms, only="block/*")
 
-
-@while_tracing
-def test_freezing():
-    norms = nnx.List([batch_norm(), layer_norm()])
     with value_error("freeze: statistics=True, affine=False … '1' (keeps no … affine=True"):
         freeze(norms, only="1")
     with value_error("freeze: statistics=False, affine=False … '0' ( … '1' ( … affine=True"):
@@ -129,9 +111,6 @@ def test_freezing():
         frozen_layer(nn.Dense(3))
     with type_error("frozen_layer: LayerNorm keeps no statistics … statistics=False"):
         frozen_layer(nn.LayerNorm())
-
-
-# Replacing
 
 
 @while_tracing
@@ -145,12 +124,13 @@ def test_replacements():
     with type_error("replace: by='GroupNorm' does not say … to('GroupNorm', num_groups=8)"):
         replace(model(batch_norm()), "GroupNorm", X)
 
+    norm = bound(nn.BatchNorm(use_running_average=True), X)
     with value_error("replace: … Linen module BatchNorm without a call … replace(model.bind"):
-        replace(nn.BatchNorm(use_running_average=True).bind({}), ghost(2))
+        replace(norm, ghost(2))
     with value_error("replace: found no batch norm, but 'layers/1' (LayerNorm) … restored(model)"):
         replace(model(layer_norm()), ghost(2), X)
     with value_error("replace: found no batch norm, but '' (GroupNorm) … replaced.restored(model)"):
-        replace(replace(bound(), to("GroupNorm", num_groups=3), X).model, to("BatchNorm"), X)
+        replace(replace(norm, to("GroupNorm", num_groups=3), X).model, to("BatchNorm"), X)
     with value_error("replace: found no batch norm, but a model without norms"):
         replace(model(), ghost(2), X)
     with value_error("replace: only='block*' chooses none of the norms ['layers/1']"):
@@ -166,14 +146,10 @@ def test_replacements():
         replaced.restored({})
 
 
-# Folding
-
-
 @while_tracing
-def test_folding_of_a_pair():
-    kernel = np.ones((3, 4), np.float32)
-    ones = kernel[0]
-    fitting = {"bias": None, "stats": jaxnorm.Stats(ones, ones)}
+def test_what_is_folded():
+    kernel = ones(3, 4)
+    fitting = {"bias": None, "stats": jaxnorm.Stats(ones(4), ones(4))}
     with type_error("fold_pair: the input is int32 … x.astype(jnp.float32)"):
         fold_pair(kernel.astype(np.int32), **fitting)
     with type_error("fold_pair: needs jaxnorm.Stats, found Moments … jaxnorm.Stats(mean, var)"):
@@ -181,22 +157,17 @@ def test_folding_of_a_pair():
     with value_error("fold_pair: output_axes=2 is out of range for 2 axes"):
         fold_pair(kernel, **fitting, output_axes=2)
     for what, shape, argument in (
-        ("the bias", "(3,)", {"bias": ones[:3]}),
-        ("the mean", "()", {"stats": jaxnorm.Stats(ones[0], ones)}),
-        ("the variance", "(3,)", {"stats": jaxnorm.Stats(None, ones[:3])}),
-        ("the scale", "(1, 4)", {"scale": ones[None]}),
-        ("the offset", "(2,)", {"offset": ones[:2]}),
+        ("the bias", "(3,)", {"bias": ones(3)}),
+        ("the mean", "()", {"stats": jaxnorm.Stats(ones(), ones(4))}),
+        ("the variance", "(3,)", {"stats": jaxnorm.Stats(None, ones(3))}),
+        ("the scale", "(1, 4)", {"scale": ones(1, 4)}),
+        ("the offset", "(2,)", {"offset": ones(2)}),
     ):
-        with value_error(
-            f"fold_pair: {what} has shape {shape}, but the kernel has (4,) along … output_axes="
-        ):
+        with value_error(f"fold_pair: {what} has shape {shape}, but … (4,) … output_axes="):
             fold_pair(kernel, **fitting | argument)
     with type_error("fold_pair: a float32 kernel … complex64 … kernel.astype(jnp.complex64)"):
-        fold_pair(kernel, None, jaxnorm.Stats(ones + 0j, ones))
+        fold_pair(kernel, None, jaxnorm.Stats(ones(4) + 0j, ones(4)))
 
-
-@while_tracing
-def test_what_is_folded():
     with type_error("fold: found ndarray, but needs a model with its variables … model.bind(var"):
         fold(X, X)
     with value_error("fold: the Linen module Dense has no variables … bind(variables)"):
@@ -255,25 +226,20 @@ def test_folds_that_change_the_outputs():
 
 
 @with_values
-def test_calls_of_fold():
+def test_calls_of_fold_and_of_folded_models():
     with_norm = model(batch_norm())
     with type_error("fold: found traced arrays … Call it outside of jax.jit"):
         jax.eval_shape(lambda x: fold(with_norm, x), X)
     with value_error("fold: … more than tolerance=5.0e-08 … or accept the rounding: tolerance="):
         fold(with_norm, X, tolerance=5e-8)
     with type_error("fold: model(float32[2, 5]) raised TypeError: … . Give an example … fold("):
-        fold(with_norm, np.ones((2, 5), np.float32))
+        fold(with_norm, ones(2, 5))
     with value_error("fold: only='block/*' chooses none of the norms ['layers/1']"):
         fold(with_norm, X, only="block/*")
 
-
-@with_values
-def test_calls_of_folded_models():
     folded = fold(OneOfTwo(), X).model
     for way in ("none", "tanh", "sum"):
-        with value_error(
-            "folded layer 'layer': … not … straight to the norm 'norm' … fold(model, x"
-        ):
+        with value_error("folded layer 'layer': … not … straight to … 'norm' … fold(model, x"):
             folded(X, way)
     with value_error("folded norm 'norm': … not come straight from the layer … fold(model, x"):
         folded(X, "other")

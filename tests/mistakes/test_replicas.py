@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxnorm
-from jaxnorm.core.replicas import pool_stats
+from jaxnorm import pool_stats
 from jaxnorm.tools import merge_replicas
 from mistakes import name_error, type_error, value_error, while_tracing
+from mistakes.layers import ones, zeros
 
-MEAN = np.zeros((2, 3), np.float32)
+MEAN = zeros(2, 3)
 NORM = {"mean": MEAN, "var": MEAN}
 
 
@@ -31,7 +32,7 @@ def test_pooled_estimates():
     with value_error("pool_stats: a mean of shape (2, 3) and a variance of shape (3,) … jnp.stack"):
         pool_stats(jaxnorm.Stats(MEAN, MEAN[0]), 0)
     with value_error("pool_stats: a mean of shape (2, 3) and a covariance of shape (2, 3, 2)"):
-        pool_stats(jaxnorm.JointStats(MEAN, jnp.ones((2, 3, 2))), 0)
+        pool_stats(jaxnorm.JointStats(MEAN, ones(2, 3, 2)), 0)
     with value_error("pool_stats: axes=2 … 2 axes … from -2 to 1"):
         pool_stats(jaxnorm.Stats(MEAN, MEAN), 2)
 

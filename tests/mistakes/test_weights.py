@@ -7,33 +7,25 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxnorm
-from jaxnorm.linen.shell import StatsNotMutableError
-from jaxnorm.methods.spectral_norm import spectral_norm, spectral_norm_inference
-from jaxnorm.methods.weight_norm import weight_norm
-from jaxnorm.methods.weight_standardization import (
+from jaxnorm import (
     scaled_weight_standardization,
+    spectral_norm,
+    spectral_norm_inference,
+    weight_norm,
     weight_standardization,
 )
 from mistakes import refused, type_error, value_error, while_tracing
+from mistakes.layers import Net, ones, zeros
 
-W = np.zeros((5, 3), np.float32)
-ONES = np.ones(3, np.float32)
-
-
-class Net(nn.Module):
-    """A wrapper inside a model, so that it has a path."""
-
-    norm: nn.Module
-
-    def __call__(self, x, **call):
-        return self.norm(x, **call)
+W = zeros(5, 3)
+ONES = ones(3)
 
 
 def linen(name, layer=None, train=None, **options):
     """Initializes a wrapped layer and, if `train` is given, calls it with nothing mutable."""
     layer = nn.Dense(3) if layer is None else layer
     model = Net(getattr(jaxnorm.linen, name)(layer, **options))
-    x = jnp.zeros((2, 5, 5, 5)) if isinstance(layer, nn.Conv) else jnp.zeros((2, 5))
+    x = zeros(2, 5, 5, 5) if isinstance(layer, nn.Conv) else zeros(2, 5)
     call = {"update_stats": False} if name == "SpectralNorm" else {}
     variables = model.init(jax.random.key(0), x, **call)
     if train is not None:
@@ -66,14 +58,14 @@ def test_functions():
         with value_error(f"{function.__name__}: … (1, 3) … has 1 value per output … which axes"):
             function(W[:1])
     with value_error("weight_norm: scale has shape (5,) … 3 features along axis 1"):
-        weight_norm(W, jnp.ones(5))
+        weight_norm(W, ones(5))
     with value_error("scaled_weight_standardization: gain has shape (5,) … 3 features … axis 1"):
-        scaled_weight_standardization(W, jnp.ones(5))
+        scaled_weight_standardization(W, ones(5))
 
     with type_error("spectral_norm_inference: dtype=int32 … jnp.float32"):
         spectral_norm_inference(W, 1.0, dtype=jnp.int32)
     with value_error("spectral_norm: u has shape (5,) … (5, 3) has 3 outputs … normal(key, (3,))"):
-        spectral_norm(W, jnp.ones(5))
+        spectral_norm(W, ones(5))
     with value_error("spectral_norm: … (3,) is no matrix … reshape(-1, outputs)"):
         spectral_norm(W[0], ONES)
     with type_error("spectral_norm: the weight is complex64[5, 3] … real and the imaginary part"):
@@ -91,7 +83,9 @@ def test_wrappers():
     at_wrappers("WeightNorm", ValueError, says, keep_init=True, use_scale=False)
     says = "gain='relu' is no number … ACTIVATION_GAINS['relu']"
     at_wrappers("ScaledWeightStandardization", TypeError, says, gain="relu")
-    with refused(StatsNotMutableError, "SpectralNorm 'norm': … 'sn' … mutable=['sn']"):
+    with refused(
+        jaxnorm.linen.StatsNotMutableError, "SpectralNorm 'norm': … 'sn' … mutable=['sn']"
+    ):
         linen("SpectralNorm", train=True, collection_name="sn")
 
 
