@@ -34,6 +34,8 @@ class Nested(nn.Module):
 
 
 LAYERS = {"dense": lambda: nn.Dense(4), "conv": lambda: nn.Conv(4, (2, 2)), "nested": Nested}
+# The bias has two axes, and is 0 at the start.
+SPECTRAL_LAYERS = LAYERS | {"heads": lambda: nn.DenseGeneral((2, 4))}
 
 
 def call(name, train=True):
@@ -85,7 +87,7 @@ WEIGHT_NORM = covering(
 SPECTRAL_NORM = covering(
     2,
     {
-        "layer": tuple(LAYERS),
+        "layer": tuple(SPECTRAL_LAYERS),
         "n_steps": (1, 3),
         "epsilon": (1e-12, 0.1),
         "dtype": (None, jnp.float32, jnp.bfloat16),
@@ -113,7 +115,7 @@ def test_weight_norm_is_flaxs(options):
 @pytest.mark.parametrize("options", SPECTRAL_NORM, ids=label)
 def test_training_with_spectral_norm_is_flaxs(options):
     options = dict(options)
-    layer = LAYERS[options.pop("layer")]
+    layer = SPECTRAL_LAYERS[options.pop("layer")]
     flaxs, mine = (cls(layer(), **options) for cls in (nn.SpectralNorm, ours.SpectralNorm))
     expected, found = init_both(flaxs, mine, update_stats=True)
     chex.assert_trees_all_equal_shapes(found, expected)

@@ -189,7 +189,9 @@ class SpectralNorm(WeightSpec):
     normalized, those with fewer left as they are. Beside each are the statistics `u`, of shape
     (1, outputs), and `sigma`, in float32, or float64 if `param_dtype` is. They hold the result of a
     first power iteration from the start, never change dtype or structure, and no gradient flows
-    into them.
+    into them. A weight that is 0 throughout, as biases with two axes in attention are at the start,
+    is left as it is from then on, as in Flax: its `u` becomes 0. Normalized, it would jump to a
+    length of 1 as soon as it moves. `spectral_norm` itself leaves `u` as it was.
 
     Args:
         layer_instance: the layer whose weights are normalized.
@@ -216,10 +218,8 @@ class SpectralNorm(WeightSpec):
         the stored sigma. For this to be right before any training, `u` and `sigma` are brought up
         to date when the variables are created; Flax's are not, so a checkpoint of a model that it
         never trained needs one call with `update_stats=True`. A weight keeps its dtype when it is
-        stored. A weight of zeros leaves `u` as it was and is normalized once it has moved, such as
-        a bias with two axes in attention; Flax's `u` becomes 0, and such a weight is never
-        normalized. `n_steps` below 1 is refused where Flax leaves weights alone. In NNX, a call
-        changes no stored weight, and `u` has made one step more than Flax's at the first call.
+        stored. `n_steps` below 1 is refused where Flax leaves weights alone. In NNX, a call changes
+        no stored weight, and `u` has made one step more than Flax's at the first call.
     """
 
     n_steps: int = 1
@@ -256,5 +256,6 @@ class SpectralNorm(WeightSpec):
             return spectral_norm_inference(w, sigma, dtype=dtype, who=who), {}
         options: dict[str, Any] = dict(n_steps=self.n_steps, epsilon=self.epsilon, dtype=dtype)
         normalized, new_u, new_sigma = spectral_norm(w, u[0], who=who, **options)
-        changed = {"u": new_u[None].astype(u.dtype), "sigma": new_sigma.astype(sigma.dtype)}
+        new_u = jnp.where(new_sigma != 0, new_u, 0)[None]
+        changed = {"u": new_u.astype(u.dtype), "sigma": new_sigma.astype(sigma.dtype)}
         return normalized, lax.stop_gradient(changed)
