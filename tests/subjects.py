@@ -4,7 +4,6 @@ A row is a method with some options. A new method joins all laws by one row, and
 fails as long as there is none. Weight methods wrap layers and have laws of their own.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,9 +44,7 @@ class Subject(NamedTuple):
         return getattr(getattr(jaxnorm, framework), self.method)
 
     def layer(self, framework: str, x: jax.Array, **options: Any) -> Layer:
-        """Created once, as most laws want the same."""
-        wide, given = jax.config.jax_enable_x64, tuple((self.options | options).items())
-        return _created(framework, self.cls(framework), x.shape, x.dtype, wide, given)
+        return FRAMEWORKS[framework](x, self.cls(framework), **self.options | options)
 
     def input(self, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
         return draw(self.shape, dtype, seed)
@@ -57,11 +54,6 @@ class Subject(NamedTuple):
 
     def some_weights(self, seed: int = 0) -> jax.Array:
         return draw_weights(self.mask, seed)
-
-
-@functools.cache
-def _created(framework, cls, shape, dtype, wide, options):
-    return FRAMEWORKS[framework](jnp.zeros(shape, dtype), cls, **dict(options))
 
 
 def drawn(params: dict[str, jax.Array], seed: int = 3) -> dict[str, jax.Array]:
@@ -162,31 +154,31 @@ ACCUMULATING = tuple(
 )
 
 
-def in_turn(firsts, others, always=(), later=()):
+def in_turn(firsts, others, always=()):
     """All pairs as parameters, of which the default run takes one of the others for each, in turn.
 
     So each of either kind is there without their product; a run with -m slow takes the rest. What
-    is `always` taken is so for each of the first, and which of these come `later`, in a run with
-    -m slow alone.
+    is `always` taken is so for each of the first.
     """
     turns = [other for other in others if other not in always]
-    now = [first for first in firsts if first not in later]
 
-    def pair(first, other):
-        taken = first in now and (other in always or other == turns[now.index(first) % len(turns)])
+    def pair(i, first, other):
+        taken = other in always or other == turns[i % len(turns)]
         name = f"{getattr(first, 'name', first)}-{other}"
         return pytest.param(first, other, id=name, marks=() if taken else pytest.mark.slow)
 
-    return [pair(first, other) for first in firsts for other in others]
+    return [pair(i, first, other) for i, first in enumerate(firsts) for other in others]
 
 
 EACH = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 # Where options make no difference: one row of each method, the others among the slow ones.
 FIRSTS = {subject.method: subject.name for subject in reversed(SUBJECTS)}.values()
-LATER = [subject for subject in SUBJECTS if subject.name not in FIRSTS]
 EACH_METHOD = pytest.mark.parametrize(
     "subject",
-    [pytest.param(s, marks=pytest.mark.slow if s in LATER else ()) for s in SUBJECTS],
+    [
+        pytest.param(subject, marks=() if subject.name in FIRSTS else pytest.mark.slow)
+        for subject in SUBJECTS
+    ],
     ids=lambda subject: subject.name,
 )
 BOTH = pytest.mark.parametrize("framework", FRAMEWORKS)

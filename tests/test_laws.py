@@ -2,29 +2,25 @@
 
 Values against oracles, compiled against eager, mapped against one by one, derivatives against
 finite differences, masks, dtypes, large means, state that keeps its types. What holds for one
-method alone stands in files of its own. Compiling takes most of the time, so several laws read
-the results of one program, `step_of`.
+method alone stands in files of its own.
 """
 
 import contextlib
-from functools import cache, partial
-from typing import Any, NamedTuple
+import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from differences import check_along_a_line
 from jax.experimental import jet, sparse
 from modules import FRAMEWORKS
-from subjects import BOTH, EACH, EACH_METHOD, LATER, SUBJECTS, drawn, in_turn
+from subjects import BOTH, EACH, EACH_METHOD, SUBJECTS, drawn, in_turn
 
 import jaxnorm
 
 # The variables of another domain stay, and have themselves for derivative.
 MOVING = ("mean", "var", "cov")
-QUICK = pytest.mark.usefixtures("quick_compile")
 WIDE = pytest.mark.usefixtures("x64", "quick_compile")
 
 
@@ -41,63 +37,15 @@ def masks(*slow):
     return pytest.mark.parametrize("kind", rows)
 
 
-class Step(NamedTuple):
-    """A training step, inference by the same statistics, and what is pulled back through them.
+def step_and_infer(layer):
+    """(params, stats, x, mask) -> result of a training step, new state, result of inference."""
 
-    Attributes:
-        y, new, z: result and new state of training, result of inference.
-        trained: gradients of (params, stats, x) from the valid elements of `y`.
-        inferred: the same from the valid elements of `z`.
-        moved: the same from the new statistics.
-    """
-
-    y: jax.Array
-    new: dict[str, jax.Array]
-    z: jax.Array
-    trained: Any
-    inferred: Any
-    moved: Any
-
-
-@cache
-def step_of(name, dtype=jnp.float32):
-    """(params, stats, x, weights) -> Step, for the subject of this name, compiled once."""
-    (subject,) = (subject for subject in SUBJECTS if subject.name == name)
-    layer = subject.layer("linen", subject.input(dtype), dtype=dtype)
-
-    @jax.jit
-    def run(params, stats, x, weights):
-        floats = {n: leaf for n, leaf in stats.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
-
-        def both(params, floats, x):
-            y, new = layer.train(params, stats | floats, x, mask=weights)
-            z = layer.infer(params, stats | floats, x, mask=weights)
-            return (y, z, {n: leaf for n, leaf in new.items() if n in MOVING}), new
-
-        (y, z, moving), pull, new = jax.vjp(both, params, floats, x, has_aux=True)
-
-        def slope(result):
-            """Also what is masked later has to have a finite gradient."""
-            return 3 * jnp.where(weights > 0, result, 0) ** 2 + 0 * result
-
-        no_y, still = jnp.zeros_like(y), jax.tree.map(jnp.zeros_like, moving)
-        return Step(
-            y,
-            new,
-            z,
-            trained=pull((slope(y), no_y, still)),
-            inferred=pull((no_y, slope(z), still)),
-            moved=pull((no_y, no_y, jax.tree.map(jnp.ones_like, moving))),
-        )
+    def run(params, stats, x, mask=None):
+        call = {} if mask is None else {"mask": mask}
+        y, new = layer.train(params, stats, x, **call)
+        return y, new, layer.infer(params, new, x, **call)
 
     return run
-
-
-def first_step(subject, weights, x=None):
-    """A step from the first statistics, with parameters near the first ones."""
-    x = subject.input() if x is None else x
-    layer = subject.layer("linen", x)
-    return step_of(subject.name)(drawn(layer.params), layer.stats, x, weights)
 
 
 # Both frameworks are compared with each other: the default run takes one of them for each subject.
@@ -111,18 +59,15 @@ def test_training_is_what_the_paper_says(framework, subject, kind):
     x, mask = subject.input(jnp.float64), MASKS[kind](subject)
     layer = subject.layer(framework, x)
     params = {name: p.astype(jnp.float64) for name, p in drawn(layer.params).items()}
-    call = {} if mask is None else {"mask": mask}
-    y, new = jax.jit(layer.train)(params, layer.stats, x, **call)
+    y, _, _ = jax.jit(step_and_infer(layer))(params, layer.stats, x, mask)
     expected = subject.oracle(
         np.asarray(x), params, None if mask is None else np.asarray(mask), **subject.options
     )
     # Statistics that are stored in float32 may enter.
     np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
     assert y.dtype == jnp.float64
-    chex.assert_trees_all_equal_shapes_and_dtypes(new, layer.stats)
 
 
-@QUICK
 @EACH_METHOD
 def test_linen_is_nnx_and_booleans_are_weights_of_0_and_1(subject):
     x, mask = subject.input(), subject.some_mask()
@@ -130,47 +75,31 @@ def test_linen_is_nnx_and_booleans_are_weights_of_0_and_1(subject):
     chex.assert_trees_all_equal_shapes_and_dtypes(
         (linen.params, linen.stats), (nnx.params, nnx.stats)
     )
-
-    @jax.jit
-    def of_nnx(params, stats, x):
-        y, new = nnx.train(params, stats, x, mask=mask)
-        return y, new, nnx.infer(params, stats, x, mask=mask)
-
-    expected = first_step(subject, mask.astype(jnp.float32))
-    found = of_nnx(drawn(linen.params), linen.stats, x)
-    chex.assert_trees_all_close(found, expected[:3], rtol=1e-6, atol=1e-6)
+    found, expected = (
+        jax.jit(step_and_infer(layer))(drawn(linen.params), linen.stats, x, where)
+        for layer, where in ((linen, mask), (nnx, mask.astype(jnp.bfloat16)))
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@QUICK
-@pytest.mark.parametrize(("subject", "framework"), in_turn(SUBJECTS, FRAMEWORKS))
+@EACH_IN_TURN
 def test_compiled_is_eager_and_mapped_is_one_by_one(framework, subject):
     x = subject.input()
     layer = subject.layer(framework, x)
+    run = step_and_infer(layer)
     params = drawn(layer.params)
-
-    def run(x):
-        y, new = layer.train(params, layer.stats, x)
-        return y, new, layer.infer(params, new, x)
-
-    mapped = jax.jit(jax.vmap(run))(jnp.stack([subject.input(seed=1), x]))
-    found = jax.tree.map(lambda leaf: leaf[1], mapped)
-    chex.assert_trees_all_close(found, run(x), rtol=2e-5, atol=2e-5)
-
-
-# The second derivative; after the quickest, the default run takes one of the others in turn.
-WAYS = {
-    "forward over reverse": lambda f: jax.jacfwd(jax.grad(f)),
-    "forward over forward": lambda f: jax.jacfwd(jax.jacfwd(f)),
-    "reverse over forward": lambda f: jax.grad(jax.jacfwd(f)),
-    "reverse over reverse": lambda f: jax.grad(jax.grad(f)),
-}
+    xs = jnp.stack([x, subject.input(seed=1)])
+    eager = [run(params, layer.stats, x) for x in xs]
+    eager = jax.tree.map(lambda *leaves: jnp.stack(leaves), *eager)
+    mapped = jax.jit(jax.vmap(run, in_axes=(None, None, 0)))(params, layer.stats, xs)
+    chex.assert_trees_all_close(mapped, eager, rtol=2e-5, atol=2e-5)
 
 
 @WIDE
 @masks("whole", "masked")
-@pytest.mark.parametrize(("subject", "way"), in_turn(SUBJECTS, [*WAYS][1:], later=LATER))
-def test_derivatives_of_two_orders(subject, way, kind):
-    """Along a line through input and parameters: forward, reverse, second ones, and finite
+@EACH_METHOD
+def test_derivatives_of_two_orders(subject, kind):
+    """Along a line through input and parameters: forward, reverse, both orders of both, and finite
     differences, which trust none of them."""
     x, mask = subject.input(jnp.float64), MASKS[kind](subject)
     # Where a mask leaves one value, a small epsilon makes derivatives too large for differences.
@@ -185,12 +114,22 @@ def test_derivatives_of_two_orders(subject, way, kind):
         y, _ = layer.train(moved[0], layer.stats, moved[1], **call)
         return (weights * jnp.sin(y)).sum()
 
-    @jax.jit
-    def orders(t):
-        first = jax.jacfwd(along)(t), jax.grad(along)(t)
-        return along(t), first, [WAYS[each](along)(t) for each in ("forward over reverse", way)]
-
-    check_along_a_line(orders, constants=subject.method == "BatchRenorm")
+    forward, reverse = jax.jacfwd(along), jax.grad(along)
+    orders = {
+        "first": (forward, reverse),
+        "second": (jax.jacfwd(forward), jax.grad(forward), jax.jacfwd(reverse), jax.grad(reverse)),
+    }
+    zero = jnp.zeros(())
+    found = jax.jit(lambda t: {n: [f(t) for f in fs] for n, fs in orders.items()})(zero)
+    step = 1e-3
+    values = jax.jit(jax.vmap(lambda t: jnp.stack([along(t), forward(t)])))(
+        step * jnp.arange(-2.0, 3.0)
+    )
+    differences = np.array([1 / 12, -2 / 3, 0, 2 / 3, -1 / 12]) @ np.asarray(values) / step
+    for order, expected in zip(("first", "second"), differences, strict=True):
+        # Where parts are constants by definition, no difference is what the derivative says.
+        expected = found[order][0] if subject.method == "BatchRenorm" else expected
+        np.testing.assert_allclose(found[order], expected, rtol=1e-6, atol=1e-6)
 
 
 # The root that decorrelated batch norm takes by eigenvectors has a rule, and is no plain operation.
@@ -198,9 +137,7 @@ READABLE = [subject for subject in SUBJECTS if subject.method != "DecorrelatedBa
 
 
 @WIDE
-@pytest.mark.parametrize(
-    ("subject", "way"), in_turn(READABLE, ("as it is", "plain operations"), later=LATER)
-)
+@pytest.mark.parametrize(("subject", "way"), in_turn(READABLE, ("as it is", "plain operations")))
 def test_taylor_mode_and_other_readers_of_programs(subject, way):
     """`jet` and `sparsify` take what JAX's own derivative rules and checkpoints keep from them."""
     x = subject.input(jnp.float64)
@@ -256,68 +193,69 @@ def loss_of(x):
     return (y**3).sum() + (again**3).sum()
 
 
-@QUICK
+@pytest.mark.parametrize(
+    ("harm", "kind"),
+    [
+        (np.nan, "weighted"),
+        pytest.param(np.inf, "masked", marks=pytest.mark.slow),
+        (3e38, "masked"),
+    ],
+)
 @EACH_METHOD
-def test_what_is_masked_reaches_nothing(subject):
-    x, weights = subject.input(), subject.some_weights()
-    kept = np.broadcast_to(weights > 0, x.shape)
+def test_what_is_masked_reaches_nothing(subject, harm, kind):
+    x, mask, given = subject.input(), subject.some_mask(), MASKS[kind](subject)
+    layer = subject.layer("linen", x)
 
-    def valid(step):
-        """All but gradients of, and results for, what is masked."""
-        trained, inferred = (
-            (*rest, jnp.where(kept, dx, 0)) for *rest, dx in (step.trained, step.inferred)
-        )
-        y, z = (jnp.where(kept, result, 0) for result in (step.y, step.z))
-        return step._replace(y=y, z=z, trained=trained, inferred=inferred)
+    @jax.jit
+    def run(x):
+        def loss(params, x):
+            y, new = layer.train(params, layer.stats, x, mask=given)
+            valid = jnp.where(mask, y, 0)
+            # Also what is masked later has to have a finite gradient.
+            return (valid**3).sum() + 0 * (y**2).sum(), (valid, new)
 
-    clean = valid(first_step(subject, weights))
-    for harm in (np.nan, np.inf, 3e38):
-        spoiled = first_step(subject, weights, jnp.where(weights > 0, x, harm))
-        chex.assert_trees_all_close(valid(spoiled), clean, rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(spoiled.trained[-1][~kept], 0)
+        (gradients, dx), (valid, new) = jax.grad(loss, (0, 1), has_aux=True)(drawn(layer.params), x)
+        z = layer.infer(layer.params, new, x, mask=given)
+        return valid, new, gradients, jnp.where(mask, dx, 0), jnp.where(mask, z, 0), dx
+
+    clean, spoiled = run(x), run(jnp.where(mask, x, harm))
+    chex.assert_trees_all_close(spoiled[:-1], clean[:-1], rtol=1e-4, atol=1e-5)
+    assert np.isfinite(spoiled[-1]).all()
 
 
-@QUICK
 @EACH_METHOD
 def test_nothing_valid_moves_nothing(subject):
-    x = jnp.full(subject.shape, jnp.nan, jnp.float32)
-    step = first_step(subject, jnp.zeros(subject.mask), x)
-    assert np.isfinite(step.y).all()
-    assert np.isfinite(step.trained[-1]).all()
-    chex.assert_trees_all_equal(step.new, subject.layer("linen", x).stats)
+    x = jnp.full(subject.shape, jnp.nan)
+    layer = subject.layer("linen", x)
+
+    def loss(x):
+        y, new = layer.train(layer.params, layer.stats, x, mask=jnp.zeros(subject.mask, bool))
+        return (y**2).sum(), (y, new)
+
+    dx, (y, new) = jax.jit(jax.grad(loss, has_aux=True))(x)
+    assert np.isfinite(y).all()
+    assert np.isfinite(dx).all()
+    moved = {name for name in new if not np.array_equal(new[name], layer.stats[name])}
+    assert moved == set()
 
 
-@QUICK
-@EACH_METHOD
-def test_no_gradient_passes_through_the_state(subject):
-    """Not out of new statistics, and not into old ones, in training nor in inference."""
-    step = first_step(subject, subject.some_weights())
-    for zero in (step.moved, step.trained[1], step.inferred[1]):
-        chex.assert_trees_all_equal(zero, jax.tree.map(jnp.zeros_like, zero))
-    # An inference by given statistics has no use for the weights of a batch's own.
-    for by_params, _, by_x in (step.trained, step.inferred):
-        assert all(np.abs(leaf).max() > 1e-4 for leaf in (by_params["scale"], by_x))
-
-
-@QUICK
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 @EACH_METHOD
-def test_narrow_input_is_rounded_once_in_strict_modes(subject, dtype):
+def test_narrow_input_is_rounded_once(subject, dtype):
     """The same as of float32 input with the same values, rounded; the state is the same."""
-    x, weights = subject.input(dtype), subject.some_weights()
-    layer = subject.layer("linen", x)
-    arguments = drawn(layer.params), layer.stats
-    with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
-        found = step_of(subject.name, dtype)(*arguments, x, weights)
-    exact = step_of(subject.name)(*arguments, x.astype(jnp.float32), weights)
-    chex.assert_type([found.y, found.z, found.trained[-1]], dtype)
-    chex.assert_trees_all_equal_shapes_and_dtypes(found.new, layer.stats)
-    chex.assert_trees_all_close(found.new, exact.new, rtol=1e-5, atol=1e-6)
+    x = subject.input(dtype)
+    layer = subject.layer("linen", x, dtype=dtype)
+    wide = subject.layer("linen", x, dtype=jnp.float32)
+    params = drawn(layer.params)
+    y, new, z = jax.jit(step_and_infer(layer))(params, layer.stats, x)
+    arguments = params, layer.stats, x.astype(jnp.float32)
+    expected, expected_new, expected_z = jax.jit(step_and_infer(wide))(*arguments)
+    chex.assert_type([y, z], dtype)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, layer.stats)
+    chex.assert_trees_all_close(new, expected_new, rtol=1e-5, atol=1e-6)
     limit = 0.51 * float(jnp.finfo(dtype).eps)
-    for narrow, wide in ((found.y, exact.y), (found.z, exact.z)):
-        np.testing.assert_allclose(narrow.astype(jnp.float32), wide, rtol=limit, atol=1e-4)
-    gradients = jax.tree.leaves((found.trained, found.inferred))
-    assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in gradients)
+    for found, exact in ((y, expected), (z, expected_z)):
+        np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=limit, atol=1e-4)
 
 
 @EACH
@@ -333,23 +271,56 @@ def test_right_at_large_means(subject):
     np.testing.assert_allclose(y, expected, rtol=1e-3, atol=4 * allowed)
 
 
-@EACH
+@EACH_METHOD
 @BOTH
-def test_state_starts_unknown_and_keeps_its_types(framework, subject):
-    """Also weak ones, by which JAX traces a step anew; and where no axis is mapped yet."""
+def test_state_keeps_its_types_and_steps_are_traced_once(framework, subject):
     x = subject.input(jnp.bfloat16)
-    layer = subject.layer(framework, x, axis_name="unbound")
-    assert layer.params
-    for name, leaf in layer.stats.items():
-        ones = name.partition("_")[0] == "var"
-        expected = np.eye(leaf.shape[-1])[None] if name == "cov" else np.full(leaf.shape, ones)
-        np.testing.assert_array_equal(leaf, np.broadcast_to(expected, leaf.shape))
     layer = subject.layer(framework, x)
-    _, new = jax.eval_shape(layer.train, layer.params, layer.stats, x)
-    types = {name: (leaf.shape, leaf.dtype, leaf.weak_type) for name, leaf in new.items()}
-    first = {name: jax.typeof(leaf) for name, leaf in layer.stats.items()}
-    assert types == {name: (t.shape, t.dtype, t.weak_type) for name, t in first.items()}
-    assert {t.dtype for t in first.values()} <= {jnp.dtype(jnp.float32)}
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    @chex.assert_max_traces(n=1)
+    def step(params, stats, x):
+        return layer.train(params, stats, x)[1]
+
+    chex.clear_trace_counter()
+    stats = jax.tree.map(jnp.copy, layer.stats)
+    for _ in range(3):
+        stats = step(layer.params, stats, x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(stats, layer.stats)
+    floats = [leaf for leaf in stats.values() if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert all(leaf.dtype == jnp.float32 for leaf in floats)
+    assert all(np.isfinite(leaf).all() for leaf in stats.values())
+
+
+@EACH_METHOD
+def test_no_gradient_passes_through_the_state(subject):
+    x = subject.input()
+    layer = subject.layer("linen", x)
+    counts, floats = {}, {}
+    for name, leaf in layer.stats.items():
+        (floats if jnp.issubdtype(leaf.dtype, jnp.floating) else counts)[name] = leaf
+
+    @jax.jit
+    def gradients(floats, x):
+        def loss(floats, x):
+            y, new = layer.train(layer.params, counts | floats, x)
+            z = layer.infer(layer.params, counts | floats, x)
+            moved = sum((new[name].sum() for name in floats if name in MOVING), jnp.zeros(()))
+            return moved, (y**3).sum() + (z**3).sum() + moved
+
+        of_new = jax.grad(lambda *a: loss(*a)[0], (0, 1))(floats, x)
+        return of_new, jax.grad(lambda *a: loss(*a)[1])(floats, x)
+
+    of_new, by_state = gradients(floats, x)
+    for gradient in (of_new, by_state):
+        chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, gradient))
+
+
+@EACH_METHOD
+@BOTH
+def test_initialization_needs_no_mapped_axis(framework, subject):
+    layer = subject.layer(framework, subject.input(), axis_name="unbound")
+    assert layer.params
 
 
 @EACH
@@ -359,23 +330,34 @@ def test_input_and_statistics_are_all_that_is_kept(subject):
     x = jnp.zeros(shape, jnp.bfloat16)
     groups = {"group_size": 64} if subject.name == "GroupNorm of some axes" else {}
     layer = subject.layer("linen", x, dtype=jnp.bfloat16, **groups)
-
-    def kept(run):
-        pull = jax.eval_shape(lambda x: jax.vjp(partial(run, layer.params, layer.stats), x)[1], x)
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull)) / x.nbytes
-
-    assert 0.99 <= kept(lambda *a: layer.train(*a)[0]) <= 1.05
-    assert kept(layer.infer) <= 1.05
+    _, pull = jax.vjp(lambda x: layer.train(layer.params, layer.stats, x)[0], x)
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
+    assert 0.99 <= kept / x.nbytes <= 1.05
 
 
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [
+        ("dtype promotion", jnp.bfloat16),
+        ("debug nans", jnp.float32),
+        ("tracer leaks", jnp.float32),
+    ],
+)
 @EACH_METHOD
-def test_no_tracer_leaks(subject):
-    x, mask = subject.input(), subject.some_weights()
+def test_strict_modes(subject, dtype, mode):
+    contexts = {
+        "dtype promotion": jax.numpy_dtype_promotion("strict"),
+        "debug nans": jax.debug_nans(True),
+        "tracer leaks": jax.checking_leaks(),
+    }
+    x, mask = subject.input(dtype), subject.some_weights()
     layer = subject.layer("linen", x)
 
     def loss(params, x):
         y, new = layer.train(params, layer.stats, x, mask=mask)
-        return (y**2).sum() + (layer.infer(params, new, x) ** 2).sum()
+        z = layer.infer(params, new, x)
+        return (y.astype(jnp.float32) ** 2).sum() + (z.astype(jnp.float32) ** 2).sum()
 
-    with jax.checking_leaks():
-        jax.eval_shape(jax.grad(loss, (0, 1)), layer.params, x)
+    with contexts[mode]:
+        gradients = jax.jit(jax.grad(loss, (0, 1)))(layer.params, x)
+    assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in jax.tree.leaves(gradients))

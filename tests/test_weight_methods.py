@@ -1,6 +1,11 @@
-"""Functions of weights beyond the laws: zeros, far means, gains, and the state of spectral norm."""
+"""The functions of weights: weight norm, spectral norm, weight standardization plain and scaled.
+
+Values against NumPy in float64, derivatives against finite differences, and against the plain
+composition where constants must not be differentiated.
+"""
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -9,6 +14,7 @@ import numpy as np
 import pytest
 import weight_oracles as oracles
 from jax import export
+from jax.test_util import check_grads
 from modules import draw, rounding
 
 from jaxnorm.methods.spectral_norm import spectral_norm, spectral_norm_inference
@@ -20,12 +26,130 @@ from jaxnorm.methods.weight_standardization import (
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
+
+
+class Case(NamedTuple):
+    """A function of a weight and, if `factor`, of one factor per output.
+
+    `formula` is the plain composition: (w, its input axes, epsilon) -> the weight before `factor`.
+    """
+
+    function: Any
+    oracle: Any
+    formula: Any
+    factor: bool
+
+
+def _norm(w, inputs, epsilon):
+    return w / jnp.sqrt((w * w).sum(inputs, keepdims=True) + epsilon)
+
+
+def _plain(w, inputs, epsilon):
+    w = w - w.mean(inputs, keepdims=True)
+    return w / jnp.sqrt((w * w).mean(inputs, keepdims=True) + epsilon)
+
+
+def _scaled(w, inputs, epsilon):
+    w = w - w.mean(inputs, keepdims=True)
+    return w / jnp.sqrt(jnp.maximum((w * w).sum(inputs, keepdims=True), epsilon))
+
+
 CASES = {
-    "weight norm": (weight_norm, oracles.weight_norm),
-    "plain": (weight_standardization, oracles.weight_standardization),
-    "scaled": (scaled_weight_standardization, oracles.scaled_weight_standardization),
+    "weight norm": Case(weight_norm, oracles.weight_norm, _norm, True),
+    "plain": Case(weight_standardization, oracles.weight_standardization, _plain, False),
+    "scaled": Case(
+        scaled_weight_standardization, oracles.scaled_weight_standardization, _scaled, True
+    ),
 }
-ALL = pytest.mark.parametrize("name", CASES)
+ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+SHAPES = {
+    "dense": ((5, 4), -1),
+    "conv": ((2, 2, 3, 4), -1),
+    "outputs in front": ((4, 5), 0),
+    "two output axes": ((3, 4, 2), (-1, 0)),
+    "whole": ((3, 4), None),
+    "whole, as no axes": ((3, 4), ()),
+}
+
+
+def outputs(axis):
+    """The axes as the oracles take them."""
+    return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
+
+
+def arguments(case, shape, axis, dtype=jnp.float32):
+    w = draw(shape, dtype)
+    if not case.factor:
+        return (w,)
+    features = tuple(shape[a] for a in sorted(a % len(shape) for a in outputs(axis)))
+    return w, draw(features, jnp.float32, seed=1)
+
+
+def check_values(case, shape, axis, dtype, **options):
+    given = arguments(case, shape, axis, dtype)
+    function = jax.jit(partial(case.function, axis=axis, **options), static_argnames="dtype")
+    with jax.numpy_dtype_promotion("strict"):
+        found, wide = function(*given), function(*given, dtype=jnp.float64)
+    assert (found.dtype, wide.dtype) == (dtype, jnp.float64)
+    expected = case.oracle(*given, axis=outputs(axis), **options)
+    np.testing.assert_allclose(found.astype(jnp.float64), expected, *[rounding(dtype)] * 2)
+    # Only the result is rounded to `dtype`.
+    limit = rounding(jnp.promote_types(dtype, jnp.float32))
+    np.testing.assert_allclose(wide, expected, limit, limit)
+
+
+@pytest.mark.parametrize(("shape", "axis"), SHAPES.values(), ids=SHAPES)
+@ALL
+def test_values_for_every_shape(case, shape, axis, x64):
+    check_values(case, shape, axis, jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=jnp.dtype)
+@ALL
+def test_values_for_every_dtype(case, dtype, x64):
+    check_values(case, (2, 2, 3, 4), -1, dtype, epsilon=0.5)
+
+
+@ALL
+def test_no_factor_is_a_factor_of_one(case):
+    w, *factor = arguments(case, (5, 4), -1)
+    np.testing.assert_allclose(case.function(w), case.oracle(w), 1e-6, 1e-6)
+    if factor:
+        chex.assert_trees_all_equal(case.function(w, jnp.ones(4)), case.function(w))
+
+
+SECOND = {
+    "grad": jax.grad,
+    "jacfwd": jax.jacfwd,
+    "forward over reverse": lambda f, by: jax.jacfwd(jax.grad(f, by), by),
+    "reverse over reverse": lambda f, by: jax.jacrev(jax.grad(f, by), by),
+    "forward over forward": lambda f, by: jax.jacfwd(jax.jacfwd(f, by), by),
+}
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((2, 3, 4), -1), ((2, 3, 2), (-1, 0))], ids=str)
+@ALL
+def test_derivatives(case, shape, axis, x64):
+    given = [array.astype(jnp.float64) for array in arguments(case, shape, axis)]
+    weights = draw(shape, jnp.float64, seed=2)
+    inputs = tuple(a for a in range(3) if a - 3 not in outputs(axis) and a not in outputs(axis))
+
+    def loss(*given):
+        return (weights * jnp.sin(case.function(*given, axis=axis, epsilon=0.1))).sum()
+
+    def plain(w, factor=None):
+        y = case.formula(w, inputs, 0.1)
+        factor = 1.0 if factor is None else jnp.expand_dims(factor, inputs)
+        return (weights * jnp.sin(y * factor)).sum()
+
+    by = tuple(range(len(given)))
+    found, expected = (
+        jax.jit(lambda *given, f=f: {name: d(f, by)(*given) for name, d in SECOND.items()})(*given)
+        for f in (loss, plain)
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-9)
+    check_grads(jax.jit(loss), given, order=1, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-12])
@@ -36,49 +160,38 @@ def test_weights_normalized_one_by_one_keep_their_sign(epsilon):
 
 
 @ALL
-def test_an_output_of_zeros_has_finite_derivatives(name):
+def test_an_output_of_zeros_has_finite_derivatives(case):
     w = draw((3, 4)).at[:, 1].set(0)
-    given = (w,) if name == "plain" else (w, jnp.ones(4))
-    function, _ = CASES[name]
+    given = (w, jnp.ones(4))[: 1 + case.factor]
 
     def loss(*given):
-        y = function(*given)
-        return (jnp.sin(y) * draw((3, 4), seed=1)).sum(), y
+        return (jnp.sin(case.function(*given)) * draw((3, 4), seed=1)).sum()
 
-    every = tuple(range(len(given)))
-    gradient = jax.grad(loss, every, has_aux=True)
-    second = jax.jacfwd(lambda *given: gradient(*given)[0])
     with jax.debug_nans(True):
-        first, y = jax.jit(gradient)(*given)
-        assert y[:, 1].tolist() == [0, 0, 0]
-        chex.assert_tree_all_finite((first, jax.jit(second)(*given)))
+        assert case.function(*given)[:, 1].tolist() == [0, 0, 0]
+        chex.assert_tree_all_finite(jax.jit(jax.grad(loss, range(len(given))))(*given))
+        chex.assert_tree_all_finite(jax.jit(jax.hessian(loss))(*given))
 
 
-@pytest.mark.parametrize("name", ["plain", "scaled"])
-def test_a_mean_of_many_standard_deviations(name):
+@pytest.mark.parametrize("case", [CASES["plain"], CASES["scaled"]], ids=["plain", "scaled"])
+def test_a_mean_of_many_standard_deviations(case):
     """The rounding of the mean, 1e-3, reaches no result."""
-    function, oracle = CASES[name]
     w = jnp.asarray(1e4 + np.random.default_rng(0).normal(size=(400, 3)), jnp.float32)
-    expected, weights = oracle(w), draw(w.shape, seed=1)
-
-    @jax.jit
-    @partial(jax.grad, has_aux=True)
-    def gradient(w):
-        y = function(w)
-        return (weights * y).sum(), y
-
-    (found, y), (near, _) = gradient(w), gradient(w - 1e4)
-    np.testing.assert_allclose(y, expected, atol=1e-6 * abs(expected).max())
+    expected = case.oracle(w)
+    np.testing.assert_allclose(case.function(w), expected, atol=1e-6 * abs(expected).max())
+    weights = draw(w.shape, seed=1)
+    found = jax.grad(lambda w: (weights * case.function(w)).sum())(w)
+    near = jax.grad(lambda w: (weights * case.function(w)).sum())(w - 1e4)
     np.testing.assert_allclose(found, near, atol=1e-5 * abs(near).max())
 
 
 @ALL
-def test_scaling_a_weight_changes_nothing(name):
+def test_scaling_a_weight_changes_nothing(case):
     """The law that makes gradients orthogonal to weights."""
     w = draw((5, 4))
-    function = partial(CASES[name][0], **({"epsilon": 0.0} if name == "plain" else {}))
-    chex.assert_trees_all_close(function(8 * w), function(w))
-    step = jax.jit(jax.grad(lambda w: (function(w) * draw((5, 4), seed=1)).sum()))(w)
+    options = dict(epsilon=0.0) if case.function is weight_standardization else {}
+    chex.assert_trees_all_close(case.function(8 * w, **options), case.function(w, **options))
+    step = jax.grad(lambda w: (case.function(w, **options) * draw((5, 4), seed=1)).sum())(w)
     np.testing.assert_allclose((step * w).sum(0), 0, atol=1e-5)
 
 
@@ -113,16 +226,9 @@ def matrix_and_u(shape=(2, 3, 4), dtype=jnp.float32):
     return draw(shape, dtype), draw(shape[-1:], jnp.float32, seed=1)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "n_steps", "shape"),
-    [
-        (jnp.float32, 1, (5, 4)),
-        (jnp.bfloat16, 3, (5, 4)),
-        (jnp.float16, 1, (2, 2, 3, 4)),
-        (jnp.float64, 3, (2, 2, 3, 4)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", DTYPES, ids=jnp.dtype)
+@pytest.mark.parametrize("n_steps", [1, 3])
+@pytest.mark.parametrize("shape", [(5, 4), (2, 2, 3, 4)], ids=str)
 def test_spectral_values(shape, n_steps, dtype, x64):
     w, u = matrix_and_u(shape, dtype)
     for epsilon in (1e-12, 0.5):
@@ -175,21 +281,12 @@ def test_spectral_derivatives(x64):
         sigma = v @ w.reshape(-1, w.shape[-1]) @ new_u
         return (weights * jnp.sin(w / sigma)).sum() + sigma**3
 
-    ways = {
-        "grad": jax.grad,
-        "jacfwd": jax.jacfwd,
-        "forward over reverse": lambda f: jax.jacfwd(jax.grad(f)),
-        "reverse over reverse": lambda f: jax.jacrev(jax.grad(f)),
-        "forward over forward": lambda f: jax.jacfwd(jax.jacfwd(f)),
-    }
-    by_u, *both = jax.jit(
-        lambda w, u: [
-            jax.grad(loss, 1)(w, u),
-            *({name: way(f)(w, u) for name, way in ways.items()} for f in (loss, plain)),
-        ]
-    )(w, u)
-    chex.assert_trees_all_close(*both, rtol=1e-10, atol=1e-10)
-    chex.assert_trees_all_equal(by_u, jnp.zeros_like(u))
+    found, expected = (
+        jax.jit(lambda *given, f=f: {name: d(f, 0)(*given) for name, d in SECOND.items()})(w, u)
+        for f in (loss, plain)
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-10)
+    chex.assert_trees_all_equal(jax.grad(loss, 1)(w, u), jnp.zeros_like(u))
 
 
 def test_a_matrix_of_zeros_leaves_u_alive():

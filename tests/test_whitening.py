@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import whitening_oracles as oracles
-from differences import check_by_every_entry
 from jax import export
-from whitening_cases import CASES, case_of, data
+from whitening_cases import CASES, case_of, check_derivatives, data
 
 import jaxnorm
 from jaxnorm.core import matrix_roots
@@ -126,7 +125,7 @@ def roots_of_product(factor):
 
 
 def test_derivatives_of_roots_to_second_order(x64, cov):
-    check_by_every_entry(roots_of_product, jnp.asarray(np.sqrt(cov)))
+    check_derivatives(roots_of_product, jnp.asarray(np.sqrt(cov)))
 
 
 def test_derivatives_of_roots_solve_the_sylvester_equation(x64, cov):

@@ -1,5 +1,9 @@
-"""What the tests of whitening share: layouts, groups and masks."""
+"""What the tests of whitening share: layouts, groups and masks, and derivatives by differences."""
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -35,3 +39,31 @@ def case_of(name):
     where = some_weights(*given["weights"]) if "weights" in given else where
     where = np.zeros(given["nothing"], bool) if "nothing" in given else where
     return data(*given["shape"]), dict(axis=given["axis"], where=where), given["groups"]
+
+
+def differences(function, x, step=1e-4):
+    """Of a function, along each entry of `x`, by central differences."""
+    steps = step * jnp.eye(x.size).reshape(x.size, *x.shape)
+    change = jax.vmap(lambda s: function(x + s) - function(x - s))(steps) / (2 * step)
+    return jnp.moveaxis(change, 0, -1).reshape(*change.shape[1:], *x.shape)
+
+
+@partial(jax.jit, static_argnums=0)
+def derivatives(function, x):
+    """First and second, each by both modes and by differences."""
+    first, second = jax.grad(function), jax.jacfwd(jax.grad(function))
+    forward = jax.jacfwd(function)(x), jax.jacfwd(jax.jacfwd(function))(x)
+    reverse = first(x), jax.jacrev(first)(x)
+    return (
+        (differences(function, x), differences(first, x)),
+        forward,
+        reverse,
+        (first(x), second(x)),
+    )
+
+
+def check_derivatives(function, x):
+    expected, *found = derivatives(function, x)
+    for each in found:
+        for order in range(2):
+            np.testing.assert_allclose(each[order], expected[order], rtol=1e-5, atol=1e-6)
