@@ -22,6 +22,7 @@ from jaxnorm.tools import fold, norm_mask
 from jaxnorm.tools.folding import comparison
 from jaxnorm.tools.importing.equinox import equinox_arrays
 from jaxnorm.tools.importing.flax import _Reader
+from jaxnorm.tools.importing.values import fit
 
 # Statistics.
 
@@ -196,6 +197,13 @@ def test_averages_of_equinox_are_freed_from_their_start():
     state = {"updates": 2, "averages": (np.array([3.0]), np.array([6.0]))}
     found = equinox_arrays(EquinoxNorm(), state)
     assert found == {"mean": [4.0], "var": [8.0], "updates": 2}
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float16")])
+def test_fewer_digits_or_a_smaller_range_are_said_to_be_rounding(dtypes):
+    source, model = map(jnp.dtype, dtypes)
+    (note,) = fit(np.ones(2, source), model, "scale", 0.0).notes
+    assert note == f"{source} of the source was rounded to the model's {model}"
 
 
 def test_a_scanned_axis_moves_from_where_it_is_there_to_where_it_is_here():
