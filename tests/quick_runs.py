@@ -11,7 +11,6 @@ OPTIONS = {
     "batch_norm_devices": {"steps": 6, "devices": 4, "ways": ("jit", "shard_map", "pmap")},
     "batch_norm_digits": {"steps": 300},
     "batch_size": {"sizes": (32,), "dependent_rate": 0.1},  # one rate shares a compiled step
-    "before_or_after": {"layers": 1},
     "contrast_and_style": {"steps": 12},
     "corrupted_digits": {"target_images": 256},
     "fold_batch_norm": {"width": 8, "blocks": 1},
